@@ -1,0 +1,310 @@
+"""Rewards: the one module that vgrpo.py and pave_grpo.py share.
+
+A reward is a function of images, the prompts they were made for, and the prompts' metadata:
+
+    reward_fn(images, prompts, metadata) -> (N,) fp32, higher is better
+        images    (N, 3, H, W) float in [0, 1], on the training device
+        prompts   list[str], N
+        metadata  list[dict], N: every key of the prompt's .jsonl line besides "prompt" ({} for .txt prompts)
+
+`--reward "shapes=1,jpeg=0.5"` loads several: each is logged under its own name, and the advantages weigh
+them (weight 0 = logged only). `--reward my_file.py:my_fn` loads a function of your own with the signature above;
+nothing needs registering. The name in the logs is then the function's.
+
+Entries: shapes (verifier of the bundled world) and jpeg (file size). One function each; `REWARDS` names them.
+"""
+
+import importlib.util
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from PIL import Image
+
+RewardFn = Callable[[torch.Tensor, list[str], list[dict]], torch.Tensor]
+
+
+class UserError(ValueError):
+    """A user's mistake: its one sentence goes to stderr and the program exits with code 2."""
+
+
+def fail(message: str) -> NoReturn:
+    """Raises UserError."""
+    raise UserError(message)
+
+
+def load_prompts(path: str) -> list[dict]:
+    """Prompts of a UTF-8 file, [{"prompt": str, ...}]: .txt, one a line, or .jsonl, whose other keys are metadata.
+
+    Blank lines are skipped.  Raises UserError naming file and line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read ({error}).") from None
+    prompts = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line) if str(path).endswith(".jsonl") else {"prompt": line.strip()}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}).") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+            raise UserError(f'{path}, line {number} is not an object with a "prompt" text.')
+        prompts.append(entry)
+    if not prompts:
+        raise UserError(f"prompt file {path} holds no prompts.")
+    return prompts
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+GROUND = (240, 240, 235)  # RGB of the empty canvas
+PALETTE = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (40, 70, 230),
+    "yellow": (240, 200, 20),
+    "purple": (170, 40, 200),
+    "cyan": (30, 200, 220),
+}
+SHAPES = ("circle", "square", "triangle")
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction in pixels, y downwards
+
+MIN_COVERAGE = 0.5  # a pixel belongs to an object when the object covers at least half of it (anti-aliased edges)
+MIN_COSINE = (
+    0.9  # largest accepted hue error, as the cosine to the palette's direction; palette neighbours are below 0.9
+)
+MIN_AREA = (
+    0.006  # smaller specks are decoder noise, not objects; share of the image (25 px of 64 x 64, smallest object: 128)
+)
+FILL = (0.66, 0.89)  # area / bounding box: triangle 1/2, circle pi/4, square 1; the bounds lie halfway
+MAX_ASPECT = 1.35  # longer side of the bounding box over the shorter; all three shapes are 1
+
+
+def connected_components(colour: torch.Tensor) -> torch.Tensor:
+    """Labels the 4-connected regions of equal colour.
+
+    colour: (N, H, W) int, < 0 = background.  Returns (N, H, W): the largest flat index in the pixel's region.
+
+    Every pixel takes the largest label among its equal neighbours, then jumps to its label's label.
+    """
+    label = torch.arange(colour.numel(), device=colour.device).view_as(colour)
+    same_right = (colour[:, :, 1:] == colour[:, :, :-1]) & (colour[:, :, 1:] >= 0)
+    same_down = (colour[:, 1:] == colour[:, :-1]) & (colour[:, 1:] >= 0)
+    while True:
+        new = label.clone()
+        for a, b, same in (
+            (new[:, :, 1:], new[:, :, :-1], same_right),
+            (new[:, :, :-1], new[:, :, 1:], same_right),
+            (new[:, 1:], new[:, :-1], same_down),
+            (new[:, :-1], new[:, 1:], same_down),
+        ):
+            torch.maximum(a, torch.where(same, b, a), out=a)
+        for _ in range(3):
+            new = new.view(-1)[new]
+        if torch.equal(new, label):
+            return label
+        label = new
+
+
+def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float]]]:
+    """Segments images of the bundled world into objects.
+
+    images: (N, 3, H, W) in [0, 1].  Returns, per image, (colour, shape, x, y) of each object: names from PALETTE and
+    SHAPES or "?", centroid in pixels.
+
+    An anti-aliased pixel is `ground + coverage * (colour - ground)`: the direction names the colour at any coverage.
+    """
+    N, _, H, W = images.shape
+    ground = torch.tensor(GROUND, device=images.device).float() / 255
+    direction = torch.tensor(list(PALETTE.values()), device=images.device).float() / 255 - ground
+    offset = images.float() - ground.view(1, 3, 1, 1)
+    distance = offset.square().sum(dim=1).sqrt()  # Tensor.norm over dim 1 takes ten times as long on the CPU
+    projection, colour = torch.einsum("nchw,kc->nkhw", offset, direction / direction.norm(dim=1, keepdim=True)).max(
+        dim=1
+    )
+    cosine, coverage = projection / distance.clamp_min(1e-6), projection / direction.norm(dim=1)[colour]
+    unknown = len(PALETTE)
+    colour = torch.where(cosine < MIN_COSINE, unknown, colour)
+    strong = torch.where(colour == unknown, distance > 0.4, coverage > MIN_COVERAGE)
+    colour = torch.where(strong, colour, -1)
+
+    label = connected_components(colour).view(-1)
+    pixel = torch.nonzero(colour.view(-1) >= 0).squeeze(1)
+    root, member, area = label[pixel].unique(return_inverse=True, return_counts=True)
+    x, y = (pixel % W).float(), (pixel // W % H).float()
+    box = [torch.empty(len(root), device=images.device) for _ in range(4)]
+    for out, value, how in zip(box, (x, x, y, y), ("amin", "amax", "amin", "amax"), strict=True):
+        out.scatter_reduce_(0, member, value, how, include_self=False)
+    width, height = box[1] - box[0] + 1, box[3] - box[2] + 1
+    centre_x, centre_y = (torch.zeros_like(box[0]).index_add_(0, member, value) / area for value in (x, y))
+    fill = area / (width * height)
+    shape = torch.where(fill < FILL[0], SHAPES.index("triangle"), SHAPES.index("circle"))
+    shape = torch.where(fill > FILL[1], SHAPES.index("square"), shape)
+    shape = torch.where(torch.maximum(width / height, height / width) > MAX_ASPECT, len(SHAPES), shape)
+
+    keep = area >= MIN_AREA * H * W
+    rows = torch.stack([root // (H * W), colour.view(-1)[root], shape, centre_x, centre_y], dim=1)[keep]
+    objects = [[] for _ in range(N)]
+    for n, c, s, cx, cy in rows.tolist():
+        objects[int(n)].append(((*PALETTE, "?")[int(c)], (*SHAPES, "?")[int(s)], cx, cy))
+    return objects
+
+
+def shapes_clauses(objects: list[tuple[str, str, float, float]], include: list[dict]) -> list[bool]:
+    """The yes/no questions a prompt asks of an image, from GenEval-style metadata.
+
+    objects: one image's entry of `find_objects`.  include: [{"class", "color", "count", "position": [side, index]?}].
+    Questions: is the total number of objects right; for each entry, is there an object of its colour, one of its
+    shape, and exactly `count` with both; and does its position hold (on the axis on which the two are further apart)?
+    """
+    clauses = [len(objects) == sum(item["count"] for item in include)]
+    centres = []
+    for item in include:
+        same = [(x, y) for c, s, x, y in objects if (c, s) == (item["color"], item["class"])]
+        clauses.append(any(c == item["color"] for c, *_ in objects))
+        clauses.append(any(s == item["class"] for _, s, *_ in objects))
+        clauses.append(len(same) == item["count"])
+        centres.append([sum(axis) / len(same) for axis in zip(*same, strict=True)] if same else None)
+    for here, item in zip(centres, include, strict=True):
+        if "position" not in item:
+            continue
+        side, index = item["position"]
+        there = centres[index]
+        if here is None or there is None:
+            clauses.append(False)
+            continue
+        dx, dy = here[0] - there[0], here[1] - there[1]
+        along, across = (dx, dy) if SIDES[side][0] else (dy, dx)
+        clauses.append(along * sum(SIDES[side]) > abs(across))
+    return clauses
+
+
+def shapes(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """Rule-based verifier of the bundled world (tiny_sd3): the share of a prompt's clauses that an image satisfies.
+
+    Range 0...1.  Needs metadata "include" (prompts/shapes_*.jsonl).  No model, no licence.  Source: this project;
+    the task types and the metadata follow GenEval (arXiv 2310.11513).
+    """
+    for prompt, meta in zip(prompts, metadata, strict=True):
+        if "include" not in meta:
+            raise UserError(f'prompt "{prompt}" has no "include" metadata; use prompts/shapes_train.jsonl')
+    scores = []
+    for found, meta in zip(find_objects(images), metadata, strict=True):
+        clauses = shapes_clauses(found, meta["include"])
+        scores.append(sum(clauses) / len(clauses))
+    return torch.tensor(scores, device=images.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------- jpeg
+
+
+def jpeg(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """Compressibility, -kilobytes / 500 of the JPEG at quality 95 (Pillow): about -0.01 at 64 px, -0.3 at 512 px.
+
+    Range below 0, higher is smaller.  No model, no licence.  Source: DDPO (arXiv 2305.13301), its compressibility task.
+    Ignores the prompt: trained alone it ends in flat images, which is what makes it a good smoke test.
+    """
+    pixels = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    sizes = []
+    for array in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return -torch.tensor(sizes, device=images.device) / 500
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
+
+
+def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
+    """Parses --reward, "name=weight,...", name a key of REWARDS or file.py:function; no weight = 1.
+
+    Returns functions and weights by name, in the order given.  Raises UserError.
+    """
+    functions, weights = {}, {}
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, weight = item.partition("=")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f'--reward: the weight of "{item}" is not a number; write name=weight.')
+        function = load_user_reward(name) if ":" in name else REWARDS.get(name)
+        if function is None:
+            raise UserError(f'--reward: "{name}" is none of {", ".join(REWARDS)}, nor a file.py:function.')
+        name = name.rpartition(":")[2]
+        if name in functions:
+            raise UserError(f'--reward: "{name}" is given twice.')
+        functions[name], weights[name] = function, value
+    if not any(weights.values()):
+        raise UserError(f'--reward "{spec}" gives no reward a weight other than 0.')
+    return functions, weights
+
+
+def load_user_reward(name: str) -> RewardFn:
+    """The function of "file.py:function".  Raises UserError if file or function is missing or the file fails to run."""
+    path, _, attribute = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or not Path(path).is_file():
+        raise UserError(f"--reward: there is no Python file {path}.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"--reward: {path} fails on import ({type(error).__name__}: {error}).") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f'--reward: {path} has no function "{attribute}".')
+    return function
+
+
+@torch.no_grad()
+def compute_rewards(
+    functions: dict[str, RewardFn], images: torch.Tensor, lines: list[dict], micro_batch: int = 64
+) -> dict[str, torch.Tensor]:
+    """Every reward of N images, checked: name -> (N,) fp32 on the images' device.
+
+    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file, {"prompt": str, other keys: metadata}
+    micro_batch: images per call of a reward
+    Raises UserError, naming reward and prompts, if one raises, has the wrong shape or is not finite.
+    """
+    prompts = [line["prompt"] for line in lines]
+    metadata = [{key: value for key, value in line.items() if key != "prompt"} for line in lines]
+    results = {name: torch.empty(len(lines), device=images.device) for name in functions}
+    for name, function in functions.items():
+        for start in range(0, len(lines), micro_batch):
+            part = slice(start, start + micro_batch)
+            try:
+                reward = function(images[part], prompts[part], metadata[part])
+                reward = torch.as_tensor(reward, dtype=torch.float32, device=images.device)
+            except UserError:
+                raise
+            except Exception as error:  # a user's own reward may raise anything
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                raise UserError(f'reward "{name}" failed on {quoted(prompts[part])} ({reason}).') from error
+            if reward.shape != (len(prompts[part]),):
+                raise UserError(
+                    f'reward "{name}" returned shape {tuple(reward.shape)} for {len(prompts[part])} images.'
+                )
+            if not reward.isfinite().all():
+                bad = [prompt for prompt, ok in zip(prompts[part], reward.isfinite().tolist(), strict=True) if not ok]
+                raise UserError(f'reward "{name}" is not finite for {quoted(bad)}.')
+            results[name][part] = reward
+    return results
+
+
+def quoted(prompts: list[str]) -> str:
+    """The first distinct prompts, quoted, for an error message."""
+    distinct = list(dict.fromkeys(prompts))
+    more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
+    return ", ".join(f'"{prompt}"' for prompt in distinct[:3]) + more
