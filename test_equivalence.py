@@ -1,0 +1,999 @@
+"""The proof that the maths is right: every method function against an independent oracle, loss and gradient.
+
+    python -m pytest            all of it, a few minutes on two CPU cores
+    python -m pytest -s -k maths   the identities alone, with their largest errors printed
+
+Oracles are naive float64 loops, closed forms, torch.distributions and diffusers' own pipelines and schedulers.
+Checks that guard a formula are functions of the implementation; mutation tests hand them broken ones.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import types
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rewards
+import vgrpo
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "tiny_sd3"
+F64 = torch.float64
+SHAPE = (2, 4, 4)
+
+spec = importlib.util.spec_from_file_location("make", TINY / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=gen(seed), dtype=F64)
+
+
+def close(actual, expected, tolerance, what):
+    """Asserts max |actual - expected| <= tolerance and prints it."""
+    error = (torch.as_tensor(actual) - torch.as_tensor(expected)).abs().max().item()
+    print(f"{what}: largest error {error:.1e} (tolerance {tolerance:.0e})")
+    assert error <= tolerance, f"{what}: {error} > {tolerance}"
+
+
+def mutant(function, old, new):
+    """`function` with a piece of its source replaced."""
+    source = inspect.getsource(function)
+    assert source.count(old) >= 1, f"{function.__name__} no longer contains {old!r}: mend this mutation"
+    namespace = dict(vars(inspect.getmodule(function)))
+    exec(source.replace(old, new), namespace)
+    return namespace[function.__name__]
+
+
+class Linear:
+    """A stand-in for vgrpo.Model in float64: v(x, t) = W x + t b per pixel, initial weights as the reference."""
+
+    def __init__(self, seed=0):
+        self.W = (0.3 * randn(SHAPE[0], SHAPE[0], seed=seed)).requires_grad_()
+        self.b = (0.3 * randn(SHAPE[0], seed=seed + 1)).requires_grad_()
+        self.parameters, self.initial = [self.W, self.b], [0.8 * self.W.detach(), 0.5 + self.b.detach()]
+        self.now = self.parameters
+
+    def velocity_fn(self, lines=None):
+        def velocity(x, t):
+            W, b = self.now
+            return torch.einsum("ij,bjhw->bihw", W, x) + t.expand(len(x)).view(-1, 1, 1, 1) * b.view(1, -1, 1, 1)
+
+        return velocity
+
+    @contextlib.contextmanager
+    def reference(self):
+        self.now = self.initial
+        with torch.no_grad():
+            yield
+        self.now = self.parameters
+
+    def grads(self):
+        found = [p.grad.clone() for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        return torch.cat([g.flatten() for g in found])
+
+
+# ------------------------------------------------------------------------------------------------------------ surrogate
+
+
+def naive_terms(velocity, x_0, t, noise):
+    """x-error, v-error and eps-error of every (sample, pair), by loops: lists [b][j] of flat tensors."""
+    for b, j in itertools.product(range(t.shape[0]), range(t.shape[1])):
+        tau, eps = t[b, j], noise[b, j]
+        z = (1 - tau) * x_0[b] + tau * eps
+        v = velocity(z[None], tau[None])[0]
+        x_hat, eps_hat = z - tau * v, z + (1 - tau) * v
+        yield b, (x_hat - x_0[b]).flatten(), (v - (eps - x_0[b])).flatten(), (eps_hat - eps).flatten(), x_hat
+
+
+def naive_surrogate(velocity, x_0, t, noise, weighting):
+    L = [0.0] * len(x_0)
+    for b, ex, ev, ee, _ in naive_terms(velocity, x_0, t, noise):
+        d = len(ex)
+        loss = {
+            "adaptive": sum(ex**2) / d / max((sum(ex.abs()) / d).item(), 1e-5),
+            "x": sum(ex**2) / d,
+            "v": sum(ev**2) / d,
+            "eps": sum(ee**2) / d,
+        }[weighting]
+        L[b] = L[b] + loss / t.shape[1]
+    return torch.stack(L)
+
+
+def problem(B=3, N=4, seed=0):
+    t = torch.rand(B, N, generator=gen(seed), dtype=F64) * 0.8 + 0.15
+    return randn(B, *SHAPE, seed=seed + 1), t, randn(B, N, *SHAPE, seed=seed + 2)
+
+
+def check_surrogate(surrogate):
+    for weighting in ("adaptive", "x", "v", "eps"):
+        model, data = Linear(), problem()
+        L, x0_hat = surrogate(model.velocity_fn(), *data, weighting)
+        L.sum().backward()
+        grad = model.grads()
+        expected = naive_surrogate(model.velocity_fn(), *data, weighting)
+        expected.sum().backward()
+        close(L, expected, 1e-12, f"surrogate {weighting}")
+        close(grad, model.grads(), 1e-11, f"surrogate {weighting}, gradient")
+        hats = torch.stack([x for *_, x in naive_terms(model.velocity_fn(), *data)]).view_as(x0_hat)
+        close(x0_hat, hats, 1e-12, "x0_hat")
+
+
+def test_maths_surrogate_equals_naive_loops():
+    check_surrogate(vgrpo.surrogate)
+
+
+def test_maths_surrogate_finite_differences_hold_the_normaliser():
+    """Autograd = central differences with 1/mean|.| frozen, and differs from those that let it move."""
+    model, (x_0, t, noise) = Linear(), problem()
+    L, x0_hat = vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)
+    L.sum().backward()
+    grad = model.grads()[: model.W.numel()].view_as(model.W)
+    frozen = (x0_hat.detach() - x_0[:, None]).flatten(2).abs().mean(dim=2)
+
+    def total(hold):
+        with torch.no_grad():
+            error = (vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)[1] - x_0[:, None]).flatten(2)
+            return (error.square().mean(dim=2) / (frozen if hold else error.abs().mean(dim=2))).mean(dim=1).sum().item()
+
+    def difference(i, j, hold, h=1e-5):
+        values = []
+        for sign in (1, -1):
+            model.W.data[i, j] += sign * h
+            values.append(total(hold))
+            model.W.data[i, j] -= sign * h
+        return (values[0] - values[1]) / (2 * h)
+
+    index = list(itertools.product(range(SHAPE[0]), repeat=2))
+    held, moving = (
+        torch.tensor([difference(i, j, h) for i, j in index], dtype=F64).view_as(grad) for h in (True, False)
+    )
+    close(grad, held, 1e-8, "gradient against differences, normaliser held")
+    assert (grad - moving).abs().max() > 1e-2 * grad.abs().max()
+
+
+def test_maths_surrogate_denominator_floor_and_shapes():
+    x_0, t, noise = problem()
+    exact = lambda x, s: noise[:, 0] - x_0  # the true velocity of pair 0: zero error  # noqa: E731
+    L, _ = vgrpo.surrogate(exact, x_0, t[:, :1], noise[:, :1])
+    assert L.isfinite().all() and (L < 1e-20).all()
+    with pytest.raises(AssertionError):
+        vgrpo.surrogate(exact, x_0, t[:2], noise)
+
+
+def gaussian_velocity(m, s):
+    """Exact velocity of the flow for x_0 ~ N(m, s^2 I)."""
+
+    def velocity(x, t):
+        t = t.expand(len(x)).view(-1, *(1,) * (x.dim() - 1))
+        return (x - (1 - t) * m) * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2) - m
+
+    return velocity
+
+
+def test_maths_gaussian_velocity_minimises_the_expected_loss():
+    """Of all scaled and shifted versions of the exact velocity, the exact one has a vanishing gradient."""
+    m, s, B = 0.7, 0.5, 200_000
+    a, c = torch.ones((), dtype=F64, requires_grad=True), torch.zeros((), dtype=F64, requires_grad=True)
+    exact = gaussian_velocity(m, s)
+    x_0, t = m + s * randn(B, 1, 1, 1), torch.rand(B, 1, generator=gen(5), dtype=F64) * 0.9 + 0.05
+    L, _ = vgrpo.surrogate(lambda x, tau: a * exact(x, tau) + c, x_0, t, randn(B, 1, 1, 1, 1, seed=7), "v")
+    grads = torch.stack(torch.autograd.grad(L.mean(), (a, c)))
+    close(grads, torch.zeros(2, dtype=F64), 0.02, "gradient at the exact velocity (Monte Carlo)")
+    L, _ = vgrpo.surrogate(lambda x, tau: a * exact(x, tau) + c + 0.3, x_0, t, randn(B, 1, 1, 1, 1, seed=7), "v")
+    assert torch.stack(torch.autograd.grad(L.mean(), (a, c))).abs().max() > 0.3
+
+
+def test_maths_surrogate_differences_are_elbo_differences():
+    """With the ELBO's weight -SNR'(t)/2, differences of the surrogate are differences of log-likelihoods.
+
+    The optimal denoiser of N(m, s^2) makes the continuous-time ELBO tight: the difference has a closed form.
+    Noise +1 and -1 gives the exact expectation of a quadratic; t is integrated on a fine grid of log-SNR.
+    """
+    x, models = 0.4, ((0.7, 0.5), (-0.2, 0.8))
+    log_snr = torch.linspace(-18, 22, 40_001, dtype=F64)
+    t = 1 / (1 + (log_snr / 2).exp())  # SNR = ((1 - t) / t)^2
+    integrals = []
+    for m, s in models:
+        per_t = []
+        for noise in (1.0, -1.0):
+            x_0 = torch.full((len(t), 1, 1, 1), x, dtype=F64)
+            L, _ = vgrpo.surrogate(
+                gaussian_velocity(m, s), x_0, t[:, None], noise * torch.ones(len(t), 1, 1, 1, 1, dtype=F64), "x"
+            )
+            per_t.append(L)
+        integrals.append(torch.trapezoid(0.5 * log_snr.exp() * sum(per_t) / 2, log_snr))
+    logp = [
+        torch.distributions.Normal(torch.tensor(m, dtype=F64), s).log_prob(torch.tensor(x, dtype=F64))
+        for m, s in models
+    ]
+    close(integrals[0] - integrals[1], logp[1] - logp[0], 2e-4, "ELBO difference")
+
+
+# ----------------------------------------------------------------------------------------------------- loss and updates
+
+
+def naive_loss(L_new, L_old, adv, eps, kl, beta, ref_kl, ref_beta):
+    total = 0.0
+    for new, old, A, D, R in zip(L_new, L_old, adv, kl, ref_kl, strict=True):
+        rho = torch.exp(-new) / torch.exp(-old)
+        clipped = rho if eps is None else torch.clamp(rho, 1 - eps, 1 + eps)
+        total = total - min(rho * A, clipped * A) + beta * D + ref_beta * R
+    return total / len(adv)
+
+
+def check_loss(vgrpo_loss):
+    adv, kl, ref_kl = randn(6, seed=3), randn(6, seed=4).abs(), randn(6, seed=5).abs()
+    L_old = randn(6, seed=2).abs()
+    for eps, spread in ((None, 0.3), (0.1, 0.3), (0.01, 0.004)):
+        L_new = (L_old + spread * randn(6, seed=1)).requires_grad_()
+        loss, metrics = vgrpo_loss(L_new, L_old, adv, eps, kl, 0.3, ref_kl, 0.7)
+        (grad,) = torch.autograd.grad(loss, L_new)
+        expected = naive_loss(L_new, L_old, adv, eps, kl, 0.3, ref_kl, 0.7)
+        close(loss, expected, 1e-12, f"loss, clip {eps}")
+        close(grad, torch.autograd.grad(expected, L_new)[0], 1e-12, f"loss gradient, clip {eps}")
+        ratio = torch.exp(L_old - L_new.detach())
+        close(metrics["policy/ratio_max_dev"], (ratio - 1).abs().max(), 1e-12, "ratio_max_dev")
+        outside = (ratio - 1).abs() > (eps or math.inf)
+        binding = outside & (((ratio > 1) & (adv > 0)) | ((ratio < 1) & (adv < 0)))
+        close(metrics["policy/clip_frac"], binding.to(F64).mean(), 1e-12, "clip_frac")
+        assert metrics["policy/approx_kl"] >= 0
+
+
+def test_maths_loss_equals_naive_loop():
+    check_loss(vgrpo.vgrpo_loss)
+
+
+def test_maths_on_policy_gradient_is_the_advantage_weighted_pretraining_gradient():
+    """grad J = -E[A grad L]; loss(A) = -loss(-A); A = 0 gives a zero gradient."""
+    model, data, adv = Linear(), problem(), randn(3, seed=9)
+    results = {}
+    for name, A in (("plus", adv), ("minus", -adv), ("zero", 0 * adv)):
+        L, _ = vgrpo.surrogate(model.velocity_fn(), *data)
+        loss, metrics = vgrpo.vgrpo_loss(L, L.detach(), A)
+        loss.backward()
+        results[name] = (loss.detach(), model.grads())
+        assert metrics["policy/ratio_mean"] == 1 and metrics["policy/ratio_max_dev"] == 0
+    weighted = (adv * naive_surrogate(model.velocity_fn(), *data, "adaptive")).mean()
+    weighted.backward()
+    close(results["plus"][1], model.grads(), 1e-12, "on-policy gradient")
+    close(results["plus"][0], -results["minus"][0], 1e-15, "antisymmetry, loss")
+    close(results["plus"][1], -results["minus"][1], 1e-15, "antisymmetry, gradient")
+    assert (results["zero"][1] == 0).all()
+
+
+@pytest.mark.parametrize("eta", [0.5, 3.0])
+def test_maths_soft_clip(eta):
+    adv = torch.linspace(-50, 50, 101, dtype=F64)
+    expected = torch.tensor([eta * math.tanh(a / eta) for a in adv.tolist()], dtype=F64)
+    close(vgrpo.soft_clip(adv, eta), expected, 1e-14, "soft clip")
+    assert vgrpo.soft_clip(adv, eta).abs().max() <= eta
+
+
+def options(**changes):
+    base = dict(weighting="adaptive", clip_range=0.0, kl_beta=0.0, ref_kl_beta=0.0, update_epochs=1, num_minibatches=1)
+    return types.SimpleNamespace(**(base | dict(prompts_per_iter=2, group_size=3) | changes))
+
+
+def check_update(backward_pairs, **changes):
+    """Micro-batches and pairs one by one give the gradient of the one-shot loss, on-policy and off-policy."""
+    args = options(**changes)
+    data, adv = problem(B=6), randn(6, seed=9)
+    parts = [[0, 1, 2, 3], [4, 5]]
+    for off_policy in (False, True):
+        model, old = Linear(), {}
+        if off_policy:
+            behaviour = Linear(seed=0)
+            for p in behaviour.parameters:
+                p.data += 0.05 * randn(*p.shape, seed=11)
+            with torch.no_grad():
+                L_old, x0_old = vgrpo.surrogate(behaviour.velocity_fn(), *data, args.weighting)
+        L, x0_hat = vgrpo.surrogate(model.velocity_fn(), *data, args.weighting)
+        if not off_policy:
+            L_old, x0_old = L.detach(), x0_hat.detach()
+        with model.reference():
+            z_t = torch.stack(
+                [
+                    (1 - data[1][:, j].view(-1, 1, 1, 1)) * data[0] + data[1][:, j].view(-1, 1, 1, 1) * data[2][:, j]
+                    for j in range(4)
+                ],
+                1,
+            )
+            v_ref = torch.stack([model.velocity_fn()(z_t[:, j], data[1][:, j]) for j in range(4)], 1)
+        v = torch.stack([model.velocity_fn()(z_t[:, j], data[1][:, j]) for j in range(4)], 1)
+        kl, ref_kl = ((x0_hat - x0_old) ** 2).flatten(1).mean(dim=1), ((v - v_ref) ** 2).flatten(1).mean(dim=1)
+        clip = args.clip_range or None
+        expected, metrics = vgrpo.vgrpo_loss(L, L_old, adv, clip, kl, args.kl_beta, ref_kl, args.ref_kl_beta)
+        expected.backward()
+        gradient, found = model.grads(), 0.0
+        for part in parts:
+            now, old = (L.detach()[part], (L_old[part], x0_old[part])) if off_policy else (None, None)
+            inputs = (x[part] for x in (*data, adv))
+            m = backward_pairs(model, model.velocity_fn(), *inputs, args, len(part) / 6, now, old)
+            found = found + len(part) / 6 * m["loss/total"]
+        close(model.grads(), gradient, 1e-12, f"micro-batched gradient, off-policy {off_policy}, {changes}")
+        close(found, metrics["loss/total"], 1e-12, "micro-batched loss")
+
+
+UPDATES = [
+    {},
+    {"clip_range": 0.01},
+    {"kl_beta": 0.5, "ref_kl_beta": 0.3, "clip_range": 0.05},
+    {"weighting": "v", "ref_kl_beta": 1.0},
+]
+
+
+@pytest.mark.parametrize("changes", UPDATES)
+def test_maths_micro_batched_gradient_is_the_one_shot_gradient(changes):
+    check_update(vgrpo.backward_pairs, **changes)
+
+
+def test_maths_several_updates_equal_one_shot_updates():
+    """update() with 2 epochs x 2 minibatches ends at the weights that plain losses over whole minibatches lead to."""
+    args = options(
+        update_epochs=2, num_minibatches=2, clip_range=0.02, kl_beta=0.2, ref_kl_beta=0.1, prompts_per_iter=2
+    )
+    data, adv = problem(B=6), randn(6, seed=9)
+    minibatches = [[[0, 1], [2]], [[3, 4], [5]]]
+    models, metrics = [Linear(), Linear()], None
+    for which, model in enumerate(models):
+        optimizer = torch.optim.SGD(model.parameters, lr=0.5)
+        if which == 0:
+
+            def step(optimizer=optimizer):
+                optimizer.step()
+                optimizer.zero_grad()
+
+            metrics = vgrpo.update(model, [{}] * 6, (*data, adv), minibatches, args, step)
+            continue
+        with torch.no_grad():
+            L_old, x0_old = vgrpo.surrogate(model.velocity_fn(), *data)
+        for _ in range(2):
+            for rows in ([0, 1, 2], [3, 4, 5]):
+                x_0, t, noise = (x[rows] for x in data)
+                L, x0_hat = vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)
+                with model.reference():
+                    x0_ref = vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)[1]
+                kl = ((x0_hat - x0_old[rows]) ** 2).flatten(1).mean(1)
+                ref_kl = ((x0_hat - x0_ref) ** 2 / t[:, :, None, None, None] ** 2).flatten(1).mean(1)
+                loss, _ = vgrpo.vgrpo_loss(L, L_old[rows], adv[rows], 0.02, kl, 0.2, ref_kl, 0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    close(models[0].W, models[1].W, 1e-12, "weights after four updates")
+    close(models[0].b, models[1].b, 1e-12, "bias after four updates")
+    assert sum(share for _, share in metrics) == pytest.approx(1)
+    assert metrics[0][0]["policy/ratio_max_dev"] == 0 < metrics[-1][0]["policy/ratio_max_dev"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_maths_stratified_pairs_have_one_timestep_per_chunk():
+    sigmas = vgrpo.sigma_grid(10, 3.0)
+    for N in range(1, 11):
+        t, noise = vgrpo.draw_pairs(sigmas, N, 50, 2, SHAPE, gen(N))
+        assert noise.shape == (100, N, *SHAPE) and (t > 0).all()
+        for j, chunk in enumerate(np.array_split(sigmas[:-1].numpy(), N)):
+            assert set(t[:, j].tolist()) == {float(x) for x in chunk}, "every value of the chunk, and no other"
+
+
+def test_maths_pairs_are_shared_within_a_group_only():
+    sigmas = vgrpo.sigma_grid(10, 3.0)
+    t, noise = vgrpo.draw_pairs(sigmas, 4, 3, 5, SHAPE, gen())
+    t, noise = t.view(3, 5, 4), noise.view(3, 5, 4, *SHAPE)
+    assert (t == t[:, :1]).all() and (noise == noise[:, :1]).all()
+    assert (noise[0] != noise[1]).any()
+    t, noise = vgrpo.draw_pairs(sigmas, 4, 3, 5, SHAPE, gen(), stratified=False, group_shared=False)
+    assert len({x.sum().item() for x in noise.flatten(0, 1)}) == 60
+    assert not all(len(set(row.tolist())) == 4 for row in t), "uniform draws repeat timesteps"
+
+
+def test_maths_permuting_a_group_permutes_the_surrogate_and_nothing_else():
+    x_0, _, _ = problem(B=5)
+    t, noise = vgrpo.draw_pairs(vgrpo.sigma_grid(10, 3.0).double(), 4, 1, 5, SHAPE, gen())
+    order = torch.tensor([3, 1, 4, 0, 2])
+    L, _ = vgrpo.surrogate(Linear().velocity_fn(), x_0, t, noise)
+    permuted, _ = vgrpo.surrogate(Linear().velocity_fn(), x_0[order], t, noise)
+    close(permuted, L[order], 1e-14, "permuted group")
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def check_advantages(group_advantages):
+    reward = {"a": randn(12, seed=1), "b": 100 * randn(12, seed=2), "log_only": randn(12, seed=3)}
+    weights = {"a": 1.0, "b": 0.5, "log_only": 0.0}
+    for std in ("group", "global"):
+        expected = []
+        for i in range(12):
+            total = 0.0
+            for name, weight in weights.items():
+                group = [reward[name][k].item() for k in range(i // 4 * 4, i // 4 * 4 + 4)]
+                pool = group if std == "group" else reward[name].tolist()
+                mean, centre = sum(pool) / len(pool), sum(group) / 4
+                total += (
+                    weight
+                    * (reward[name][i].item() - centre)
+                    / (math.sqrt(sum((x - mean) ** 2 for x in pool) / len(pool)) + 1e-4)
+                )
+            expected.append(max(-1.2, min(1.2, total)))
+        adv, metrics = group_advantages(reward, 4, weights, std, clamp=1.2)
+        close(adv, torch.tensor(expected, dtype=F64), 1e-12, f"advantages, {std} std")
+        close(metrics["reward/mean"], (reward["a"] + 0.5 * reward["b"]).mean(), 1e-12, "reward/mean")
+        assert {"reward/a", "reward/b", "reward/log_only", "reward/std"} <= metrics.keys()
+
+
+def test_maths_advantages_equal_naive_loop():
+    check_advantages(vgrpo.group_advantages)
+
+
+def test_maths_equal_rewards_give_exactly_zero():
+    rewards = {"a": torch.tensor([0.1] * 3 + [0.0, 0.5, 1.0])}
+    adv, metrics = vgrpo.group_advantages(rewards, 3, {"a": 1.0})
+    assert (adv[:3] == 0).all() and (adv[3:] != 0).any() and metrics["advantage/zero_std_groups"] == 0.5
+    adv, _ = vgrpo.group_advantages({"a": torch.full((8,), 0.3)}, 4, {"a": 1.0}, "global")
+    assert (adv == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+
+
+def check_dpm2(ode_sample):
+    """Against diffusers' DPMSolverMultistepScheduler in its flow configuration, on a non-linear velocity."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    def velocity(x, t):
+        return torch.sin(x) * (1 + t) + 0.5 * x
+
+    for steps, shift in ((2, 1.0), (5, 3.0), (10, 3.0), (20, 1.5)):
+        scheduler = DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+        )
+        scheduler.set_timesteps(steps)
+        sigmas = scheduler.sigmas.double()
+        sigmas[0] = 1.0  # the scheduler starts at 0.999 or 1 depending on its training grid; both start at 1 here
+        scheduler.sigmas = sigmas.clone()
+        x = expected = randn(2, *SHAPE)
+        for i, t in enumerate(scheduler.timesteps):
+            expected = scheduler.step(velocity(expected, sigmas[i]), t, expected, return_dict=False)[0].double()
+        close(ode_sample(velocity, x, sigmas, "dpm2"), expected, 1e-5, f"dpm2, {steps} steps")
+
+
+def test_maths_dpm2_equals_diffusers():
+    check_dpm2(vgrpo.ode_sample)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("dpm2", 2)])
+def test_maths_solvers_converge_to_the_gaussian_flow(solver, order):
+    """With the exact velocity of N(m, s^2) the ODE maps noise to m + s noise; half the step, 2^-order of the error."""
+    m, s, x = 0.7, 0.5, randn(64, *SHAPE)
+    errors = []
+    for steps in (64, 128):
+        x_0 = vgrpo.ode_sample(gaussian_velocity(m, s), x, vgrpo.sigma_grid(steps, 1.0).double(), solver)
+        errors.append((x_0 - (m + s * x)).abs().max().item())
+    print(f"{solver}: errors {errors}")
+    assert errors[1] < 0.03 and errors[0] / errors[1] > 0.8 * 2**order
+    assert abs(x_0.mean().item() - m) < 0.05 and abs(x_0.std().item() - s) < 0.02
+
+
+def test_maths_sigma_grid():
+    for steps, shift in ((1, 1.0), (10, 3.0), (40, 0.5)):
+        grid = vgrpo.sigma_grid(steps, shift)
+        assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+    close(vgrpo.sigma_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]), 1e-6, "grid, shift 3")
+
+
+# ------------------------------------------------------------------------------------------------------------ mutations
+
+MUTATIONS = [
+    (check_surrogate, vgrpo.surrogate, "z_t - t_j * v)", "z_t + t_j * v)"),
+    (check_surrogate, vgrpo.surrogate, "error.square().mean(dim=1) /", "error.square().sum(dim=1) /"),
+    (check_surrogate, vgrpo.surrogate, ".clamp_min(1e-5).detach()", ".clamp_min(1e-5)"),
+    (check_surrogate, vgrpo.surrogate, '"eps": 1 - t_j', '"eps": t_j'),
+    (check_surrogate, vgrpo.surrogate, ".mean(dim=0), torch", ".sum(dim=0), torch"),
+    (check_loss, vgrpo.vgrpo_loss, "torch.exp(L_old - L_new)", "torch.exp(L_new - L_old)"),
+    (check_loss, vgrpo.vgrpo_loss, "torch.minimum", "torch.maximum"),
+    (check_loss, vgrpo.vgrpo_loss, "kl_beta * kl.mean()", "kl_beta * kl.sum()"),
+    (check_advantages, vgrpo.group_advantages, "correction=0", "correction=1"),
+    (check_advantages, vgrpo.group_advantages, "(R - R.mean", "(R.mean"),
+    (check_dpm2, vgrpo.ode_sample, "2 <= i < len(sigmas) - 2", "3 <= i < len(sigmas) - 2"),
+    (check_dpm2, vgrpo.ode_sample, "(2 * (lam", "(1 * (lam"),
+]
+
+
+@pytest.mark.parametrize("check, function, old, new", MUTATIONS)
+def test_mutations_are_caught(check, function, old, new):
+    with pytest.raises(Exception):  # noqa: B017 (a broken formula may fail an assertion or break altogether)
+        check(mutant(function, old, new))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("slope @ L", "-(slope @ L)"),
+        ("share / N * objective", "share * objective"),
+        (" / t_j).square()", ").square()"),
+        ("args.kl_beta * kl", "0 * kl"),
+    ],
+)
+def test_mutations_of_the_update_are_caught(old, new):
+    with pytest.raises(AssertionError):
+        check_update(mutant(vgrpo.backward_pairs, old, new), kl_beta=0.5, ref_kl_beta=0.3, clip_range=0.05)
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+
+def scenes_of(tag, number, held_out=None):
+    pairs = [p for flag in ((False, True) if held_out is None else (held_out,)) for p in make.pair_list(flag)]
+    rng = random.Random(tag)
+    return rng, [make.random_scene(rng, tag, pairs) for _ in range(number)]
+
+
+def score(images, scenes):
+    return rewards.shapes(images, [make.caption(scene) for scene in scenes], scenes)
+
+
+@pytest.mark.parametrize("tag", make.TAGS)
+def test_verifier_accepts_true_renders(tag):
+    rng, scenes = scenes_of(tag, 200)
+    images = torch.stack([make.draw(make.place(rng, scene)) for scene in scenes])
+    assert score(images, scenes).mean() >= 0.99
+
+
+def spoil(rng, scene, what):
+    """The scene with exactly one attribute of one object changed."""
+    scene = json.loads(json.dumps(scene))
+    item = rng.choice(scene["include"])
+    if what == "color":
+        item["color"] = rng.choice([c for c in make.PALETTE if c != item["color"]])
+    elif what == "shape":
+        item["class"] = rng.choice([s for s in make.SHAPES if s != item["class"]])
+    elif what == "count":
+        item["count"] = rng.choice(
+            [n for n in (1, 2, 3) if n != item["count"] and (len(scene["include"]) == 1 or n < 3)]
+        )
+    elif what == "side":
+        here = scene["include"][1]
+        here["position"] = [rng.choice([s for s in make.SIDES if s != here["position"][0]]), 0]
+    return scene
+
+
+SPOILS = [
+    (tag, what)
+    for tag in make.TAGS
+    for what in ("color", "shape", "count", "side")
+    if what != "side" or tag == "position"
+]
+
+
+@pytest.mark.parametrize("tag, what", SPOILS)
+def test_verifier_rejects_each_wrong_attribute(tag, what):
+    rng, scenes = scenes_of(tag, 60)
+    drawn = [make.place(rng, spoil(rng, scene, what)) for scene in scenes]
+    found = score(torch.stack([make.draw(d) for d in drawn]), scenes)
+    assert (found < 1).all(), f"{tag}: a wrong {what} passed"
+    assert (found > 0).float().mean() > 0.5, "credit is fractional"
+
+
+def test_verifier_on_empty_and_noise_images_and_without_metadata():
+    scene = make.make_scene("single_object", [("red", "circle")])
+    blank = (torch.tensor(make.GROUND) / 255).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    assert score(blank, [scene]) == 0
+    assert score(torch.rand(1, 3, 64, 64, generator=gen()), [scene]) <= 0.5
+    with pytest.raises(rewards.UserError, match="include"):
+        rewards.shapes(blank, ["a red circle"], [{}])
+
+
+def flood(colour):
+    """Oracle for connected components: breadth-first search, label = largest flat index of the region."""
+    label, (H, W) = {}, colour.shape
+    for start in itertools.product(range(H), range(W)):
+        if start in label or colour[start] < 0:
+            continue
+        region, queue = {start}, [start]
+        while queue:
+            y, x = queue.pop()
+            for n in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if 0 <= n[0] < H and 0 <= n[1] < W and n not in region and colour[n] == colour[start]:
+                    region.add(n)
+                    queue.append(n)
+        label |= dict.fromkeys(region, max(y * W + x for y, x in region))
+    return label
+
+
+def test_connected_components_equal_flood_fill():
+    colour = torch.randint(-1, 2, (6, 20, 20), generator=gen())
+    colour[4:] = colour[4:].clamp_max(0)
+    found = rewards.connected_components(colour)
+    for n, image in enumerate(colour):
+        for (y, x), root in flood(image).items():
+            assert found[n, y, x] == n * 400 + root
+
+
+def test_jpeg_reward_prefers_flat_images():
+    images = torch.stack([torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64, generator=gen())])
+    flat, noisy = rewards.jpeg(images, ["", ""], [{}, {}]).tolist()
+    assert -0.01 < flat < 0 and noisy < 3 * flat
+
+
+def test_reward_loading_and_checking(tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "import torch\ndef brightness(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3))\n"
+        "def nan(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3)) / 0 * 0\n"
+        "def short(images, prompts, metadata):\n    return torch.zeros(1)\n"
+        "def boom(images, prompts, metadata):\n    raise KeyError('oh')\n"
+    )
+    functions, weights = rewards.load_rewards(f"jpeg=0.5, {own}:brightness=0, shapes")
+    assert list(functions) == ["jpeg", "brightness", "shapes"] and list(weights.values()) == [0.5, 0.0, 1.0]
+    images, lines = torch.rand(5, 3, 64, 64, generator=gen()), [{"prompt": f"p{i}"} for i in range(5)]
+    functions, _ = rewards.load_rewards(f"{own}:brightness")
+    batched = rewards.compute_rewards(functions, images, lines, micro_batch=2)["brightness"]
+    close(batched, images.mean(dim=(1, 2, 3)), 1e-7, "micro-batched reward")
+    bad = {"nan": '"nan" is not finite for "p0"', "short": "returned shape", "boom": '"boom" failed on "p0".*KeyError'}
+    for name, message in bad.items():
+        with pytest.raises(rewards.UserError, match=message):
+            rewards.compute_rewards(rewards.load_rewards(f"{own}:{name}")[0], images, lines)
+    specs = {
+        "nope=1": "none of",
+        "jpeg=x": "not a number",
+        "jpeg=0": "weight other than 0",
+        "jpeg,jpeg": "twice",
+        "": "weight",
+    }
+    specs |= {f"{own}:missing": "no function", f"{tmp_path}/no.py:f": "no Python file"}
+    for text, message in specs.items():
+        with pytest.raises(rewards.UserError, match=message):
+            rewards.load_rewards(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_prompt_files(tmp_path):
+    txt, jsonl = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    txt.write_bytes("\ufeffa red fox\r\n\r\n  two caf\u00e9s  \n".encode())
+    assert vgrpo.load_prompts(txt) == [{"prompt": "a red fox"}, {"prompt": "two caf\u00e9s"}]
+    jsonl.write_text('{"prompt": "x", "tag": "counting"}\n\n{"prompt": "y"}\n')
+    assert vgrpo.load_prompts(str(jsonl)) == [{"prompt": "x", "tag": "counting"}, {"prompt": "y"}]
+    cases = {
+        "[1]": "line 1 is not an object",
+        "{": "line 1 is not JSON",
+        '{"prompt": 3}': "line 1",
+        "\n": "holds no prompts",
+    }
+    for content, message in cases.items():
+        jsonl.write_text(content)
+        with pytest.raises(rewards.UserError, match=message):
+            vgrpo.load_prompts(jsonl)
+    txt.write_bytes(b"\xff\xfe\x00")
+    for path in (txt, tmp_path / "missing.txt"):
+        with pytest.raises(rewards.UserError, match="cannot be read"):
+            vgrpo.load_prompts(path)
+
+
+def test_bundled_prompts_hold_out_what_they_evaluate(tmp_path):
+    train, test = (vgrpo.load_prompts(ROOT / f"prompts/shapes_{name}.jsonl") for name in ("train", "test"))
+    pairs = [{(i["color"], i["class"]) for line in lines for i in line["include"]} for lines in (train, test)]
+    assert not pairs[0] & pairs[1] and pairs[1] == make.HELD_OUT
+    assert {line["tag"] for line in train} == {line["tag"] for line in test} == set(make.TAGS)
+    assert all(make.caption(line) == line["prompt"] for line in train + test)
+    make.write_prompts(tmp_path)
+    assert (tmp_path / "shapes_test.jsonl").read_bytes() == (ROOT / "prompts/shapes_test.jsonl").read_bytes()
+    assert 90 <= len(vgrpo.load_prompts(ROOT / "prompts/general.txt")) <= 130
+
+
+def test_prompt_order_covers_the_file_and_needs_no_state():
+    args, prompts = types.SimpleNamespace(seed=3, prompts_per_iter=4), [{"prompt": str(i)} for i in range(10)]
+    seen = [line["prompt"] for i in range(1, 6) for line in vgrpo.prompts_of(i, prompts, args)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(map(str, range(10))) and seen[:10] != seen[10:]
+    assert vgrpo.prompts_of(3, prompts, args) == vgrpo.prompts_of(3, prompts, args)
+
+
+def test_draws_are_named_not_sequential():
+    first = torch.randn(5, generator=vgrpo.generator_for(0, 1, "noise", 2, 3))
+    torch.manual_seed(123)
+    assert torch.equal(first, torch.randn(5, generator=vgrpo.generator_for(0, 1, "noise", 2, 3)))
+    assert not torch.equal(first, torch.randn(5, generator=vgrpo.generator_for(0, 1, "noise", 3, 2)))
+
+
+# --------------------------------------------------------------------------------------------------- models, end to end
+
+
+def load(*flags):
+    return vgrpo.load_model(vgrpo.parse_args(list(flags)), torch.device("cpu"))
+
+
+def test_imports_stay_light():
+    code = "import sys, vgrpo; assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_euler_equals_the_sd3_pipeline(guidance):
+    model = load("--model", "tiny", "--guidance_scale", str(guidance))
+    model.transformer.delete_adapters("default")
+    lines = vgrpo.load_prompts(ROOT / "prompts/shapes_test.jsonl")[:4]
+    noise, sigmas = model.noise([("test", i) for i in range(4)]), vgrpo.sigma_grid(8, 3.0)
+    with torch.no_grad():
+        ours = model.decode(vgrpo.ode_sample(model.velocity_fn(lines), noise, sigmas, "euler"))
+    model.pipe.set_progress_bar_config(disable=True)
+    theirs = model.pipe(
+        [line["prompt"] for line in lines], latents=noise, guidance_scale=guidance, max_sequence_length=1, height=64,
+        width=64, sigmas=torch.linspace(1, 0, 9)[:-1].tolist(), num_inference_steps=8, output_type="pt",
+    ).images  # fmt: skip
+    close(ours, theirs, 1e-4, f"SD3 pipeline, guidance {guidance}")
+
+
+def flux_pipeline(folder):
+    """A tiny random FluxPipeline with the class and key layout of FLUX.1-dev (guidance-distilled, CLIP and T5)."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    clip_tokenizer = make.make_tokenizer(folder / "clip")
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(c, -1.0) for c in "\u2581abcdefghijklmnopqrstuvwxyz"]
+    t5_tokenizer = transformers.T5Tokenizer(vocab=letters, extra_ids=0)
+    clip = transformers.CLIPTextConfig(
+        vocab_size=len(clip_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=12, eos_token_id=clip_tokenizer.eos_token_id, projection_dim=32,
+    )  # fmt: skip
+    t5 = transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, use_quant_conv=False,
+            use_post_quant_conv=False, shift_factor=0.1,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        text_encoder=transformers.CLIPTextModel(clip), tokenizer=clip_tokenizer,
+        text_encoder_2=transformers.T5EncoderModel(t5), tokenizer_2=t5_tokenizer,
+        transformer=diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "flux")
+    return folder / "flux"
+
+
+FLUX_FLAGS = "--resolution 32 --max_sequence_length 8 --lora_rank 4 --lora_alpha 4".split()
+
+
+def test_euler_equals_the_flux_pipeline(tmp_path):
+    path = flux_pipeline(tmp_path)
+    args = vgrpo.parse_args(["--model", str(path), *FLUX_FLAGS])
+    assert args.guidance_scale == 3.5 and args.clip_range == vgrpo.PRESETS["flux"]["clip_range"], (
+        "the class picks the preset"
+    )
+    model = vgrpo.load_model(args, torch.device("cpu"))
+    model.transformer.delete_adapters("default")
+    noise = model.noise([("test", i) for i in range(2)])
+    lines = [{"prompt": "a fox"}, {"prompt": "two cats"}]
+    with torch.no_grad():
+        ours = model.decode(vgrpo.ode_sample(model.velocity_fn(lines), noise, vgrpo.sigma_grid(4, 3.0), "euler"))
+    model.pipe.set_progress_bar_config(disable=True)
+    theirs = model.pipe(
+        ["a fox", "two cats"], latents=model.pipe._pack_latents(noise, 2, *noise.shape[1:]), height=32, width=32,
+        guidance_scale=3.5, max_sequence_length=8, sigmas=[1.0, 0.75, 0.5, 0.25], num_inference_steps=4,
+        output_type="pt",
+    ).images  # fmt: skip
+    close(ours, theirs, 1e-4, "FLUX pipeline")
+
+
+def test_flux_trains_a_step(tmp_path):
+    path, run = flux_pipeline(tmp_path), tmp_path / "run"
+    flags = "--iterations 1 --prompts_per_iter 2 --group_size 2 --steps 4 --eval_steps 2 --reward jpeg".split()
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a fox\ntwo cats\n")
+    files = ["--prompts", str(prompts), "--eval_prompts", str(prompts), "--run_dir", str(run)]
+    vgrpo.main(["--model", str(path), *FLUX_FLAGS, *flags, *files])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["optim/grad_norm"] > 0 and (run / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
+    for flags in ([], ["--full"]):
+        model = load("--model", "tiny", *flags)
+        lines, x = (
+            [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
+            torch.randn(4, *model.latent_shape, generator=gen()),
+        )
+        v = model.velocity_fn(lines)
+        with torch.no_grad():
+            whole = v(x, torch.tensor(0.7))
+            close(whole[2:], v(x[2:], torch.full((2,), 0.7)), 1e-5, "n B samples for B prompts")
+            before = whole.clone()
+            for p in model.trainable.values():
+                p.add_(0.02 * torch.randn(p.shape, generator=gen(p.numel())))
+            assert (v(x, torch.tensor(0.7)) - before).abs().max() > 1e-3
+            with model.reference():
+                assert torch.equal(v(x, torch.tensor(0.7)), before)
+
+
+def test_bf16_autocast_path_runs_and_is_close():
+    """The CUDA dtype layout (bf16 transformer, fp32 LoRA, autocast) on the CPU, near the fp32 velocity."""
+    fp32, half = load("--model", "tiny"), load("--model", "tiny")
+    for module in (half.transformer, half.pipe.text_encoder, half.pipe.text_encoder_2):
+        for p in module.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
+    lines, x = [{"prompt": "a red circle"}], torch.randn(1, *fp32.latent_shape, generator=gen())
+    v = half.velocity_fn(lines)(x, torch.tensor(0.7))
+    v.square().mean().backward()
+    assert v.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in half.trainable.values())
+    with torch.no_grad():
+        expected = fp32.velocity_fn(lines)(x, torch.tensor(0.7))
+    assert (v - expected).norm() < 0.05 * expected.norm()
+
+
+SMALL = "--prompts_per_iter 2 --group_size 3 --micro_batch 4 --steps 4 --eval_steps 4 --eval_samples 1"
+SMALL += " --eval_every 2 --save_every 2"
+
+
+def run(folder, *flags, **changes):
+    """vgrpo.main on the bundled model at a small size; returns the lines of metrics.jsonl."""
+    vgrpo.main([*SMALL.split(), *(("--run_dir", str(folder)) if "--resume" not in flags else ()), *flags])
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--full", "--update_epochs", "2", "--num_minibatches", "2", "--kl_beta", "0.1")]
+)
+def test_resume_is_exact_and_independent_of_global_randomness(tmp_path, flags):
+    flags = (*flags, "--seed", "5")
+    whole = run(tmp_path / "whole", "--iterations", "4", *flags)
+    run(tmp_path / "half", "--iterations", "2", *flags)
+    torch.manual_seed(99)
+    resumed = run(tmp_path / "half", "--iterations", "4", "--resume", str(tmp_path / "half"))
+    assert untimed(resumed) == untimed(whole) and [line["iteration"] for line in whole] == [0, 1, 2, 3, 4]
+    files = ("weights.safetensors", "optimizer.safetensors")
+    a, b = ([(tmp_path / k / "checkpoint" / f).read_bytes() for f in files] for k in ("whole", "half"))
+    assert a == b, "every bit of weights and optimizer"
+
+
+def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path):
+    """One run, as a user starts it: its files, its metrics, and its LoRA in a pipeline of diffusers alone."""
+    out = subprocess.run(
+        [sys.executable, "vgrpo.py", *SMALL.split(), *"--iterations 2 --lr 0.01 --solver euler".split(),
+         "--run_dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert "eval/shapes" in out.stdout and "load_lora_weights" in out.stdout
+    for name in ("config.json", "samples/iter_0000.png", "samples/iter_0002.png", "checkpoint/state.json", "vgrpo.py"):
+        assert (tmp_path / name).exists(), name
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].keys() == {"iteration", "eval/shapes"} and lines[1]["policy/ratio_max_dev"] == 0
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    table = set(re.findall(r"^\| `([a-z_]+/[a-z_<>]+)`", (ROOT / "README.md").read_text(), re.M))
+    logged = {re.sub(r"^(reward|eval)/shapes$", r"\1/<name>", key) for key in lines[2]} - {"iteration"}
+    assert logged == table, "the README's table of metrics is what a run logs"
+
+    args = vgrpo.parse_args(["--resume", str(tmp_path)])
+    model = vgrpo.load_model(args, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.trainable.values())
+    vgrpo.load_checkpoint(tmp_path, args, model, optimizer)
+    prompts = vgrpo.load_prompts(args.eval_prompts)[:3]
+    noise = model.noise([("eval", p, 0) for p in range(3)])
+    with torch.no_grad():
+        ours = model.decode(args.sample(model.velocity_fn(prompts), noise, vgrpo.sigma_grid(4, 3.0)))
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(TINY, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(
+        latents=noise, guidance_scale=1.0, max_sequence_length=1, height=64, width=64, sigmas=[1.0, 0.75, 0.5, 0.25],
+        num_inference_steps=4, output_type="pt",
+    )  # fmt: skip
+    texts = [line["prompt"] for line in prompts]
+    base = pipe(texts, **call).images
+    pipe.load_lora_weights(tmp_path)
+    close(pipe(texts, **call).images, ours, 1e-4, "LoRA in plain diffusers")
+    assert (base - ours).abs().max() > 1e-2, "the LoRA changes the image"
+
+
+# --------------------------------------------------------------------------------------------------- flags and mistakes
+
+
+def test_presets_are_defaults_and_flags_win():
+    tiny, sd3 = vgrpo.parse_args([]), vgrpo.parse_args(["--model", "sd3"])
+    assert (sd3.group_size, sd3.prompts_per_iter, sd3.num_pairs, sd3.lr, sd3.soft_clip) == (24, 48, 4, 3e-4, 3.0)
+    assert tiny.group_size == 12 and vgrpo.parse_args(["--group_size", "7"]).group_size == 7
+    assert not vgrpo.parse_args(["--no_group_shared_pairs", "--no_stratified"]).group_shared_pairs
+    names = {field.name for field in fields(vgrpo.Config)}
+    assert all(preset.keys() <= names for preset in vgrpo.PRESETS.values())
+
+
+def test_help_shows_the_defaults_of_the_chosen_model(capsys):
+    for model, default in (("tiny", "(default: 64)"), ("flux", "(default: 720)")):
+        with pytest.raises(SystemExit):
+            vgrpo.parse_args(["--model", model, "--help"])
+        text = capsys.readouterr().out
+        assert default in re.sub(r"\s+", " ", text) and "--group-size" not in text
+
+
+MISTAKES = {
+    "--model nowhere/at_all": "nowhere/at_all", "--model ./no": "./no", "--model prompts": "model_index.json",
+    "--reward nope": "none of", "--prompts no.txt": "no.txt", "--prompts prompts/general.txt": "include",
+    "--tracker pigeon": "invalid choice", "--group_size 1": "group_size", "--group_size x": "invalid int",
+    "--lr -1": "positive", "--steps 0": "positive", "--num_minibatches 5": "multiple", "--num_pairs 11": "num_pairs",
+    "--resolution 65": "multiple of 16", "--nonsense": "unrecognized", "--resume no_such_run": "no_such_run",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES.items())
+def test_mistakes_end_in_one_sentence(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["vgrpo.py", *SMALL.split(), "--run_dir", str(tmp_path / "run"), *flags.split()])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stop:
+        vgrpo.cli()
+    text = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and text.startswith("error: ") and "\n" not in text and message in text
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    run(tmp_path, "--iterations", "2")
+    weights = tmp_path / "checkpoint/weights.safetensors"
+    whole = weights.read_bytes()
+    with pytest.raises(rewards.UserError, match="lora_rank"):
+        vgrpo.main(["--resume", str(tmp_path), "--iterations", "3", "--lora_rank", "8"])
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(rewards.UserError, match="damaged"):
+        vgrpo.main(["--resume", str(tmp_path), "--iterations", "3"])
+    assert weights.read_bytes() == whole[: len(whole) // 2]
+
+
+def test_non_finite_gradients_are_skipped_and_three_stop_the_run():
+    weight, norms = torch.nn.Parameter(torch.ones(2)), []
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    args = types.SimpleNamespace(max_grad_norm=1.0)
+    for bad in (True, True, False, True, True):
+        before = weight.detach().clone()
+        weight.grad = torch.full((2,), math.nan if bad else 1.0)
+        vgrpo.optimizer_step(optimizer, args, norms)
+        assert torch.equal(weight, before) == bad
+    weight.grad = torch.full((2,), math.inf)
+    with pytest.raises(rewards.UserError, match="three gradients"):
+        vgrpo.optimizer_step(optimizer, args, norms)
+
+
+def test_sizes_of_functions_and_of_the_method():
+    source = (ROOT / "vgrpo.py").read_text()
+    assert max(map(len, source.splitlines())) <= 120
+    method = source[source.index("- METHOD\n") : source.index("- evaluation and images\n")]
+    assert method.count("\n") <= 160
+    for function in vars(vgrpo).values():
+        if inspect.isfunction(function) and function.__module__ == "vgrpo":
+            assert len(inspect.getsource(function).splitlines()) <= (180 if function is vgrpo.main else 60)

@@ -1,0 +1,769 @@
+"""V-GRPO: online RL for flow-matching image models, GRPO on an ELBO surrogate of the final sample's likelihood.
+
+Paper: "Online RL for Denoising Generative Models Is Easier than You Think", arXiv 2604.23380.
+
+  python vgrpo.py                                   trains the bundled 64 x 64 model, minutes on two CPU cores
+  python vgrpo.py --model sd3                       SD3.5-Medium (or flux: FLUX.1-dev) on a CUDA GPU
+  torchrun --nproc_per_node=8 vgrpo.py --model sd3  the same run, its prompts split over eight GPUs
+
+Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte-identical in pave_grpo.py.
+  t, sigma     (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes from 1 to 0
+  x_t, x_0     (B, C, H, W)   latents at time t and at the end ("o" in the paper): x_t = (1 - t) x_0 + t noise
+  v            (B, C, H, W)   velocity noise - x_0, what the network predicts;  x0_hat = x_t - t v, its estimate of x_0
+  P, G, N                     prompts per iteration, samples per prompt (a group), pairs (t, noise) per sample
+  adv, ratio   (B,)           advantage; pi_theta / pi_old
+  L_new, L_old (B,)           surrogates L(theta), L(theta_old): losses; log pi(x_0 | prompt) is their negative
+Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA; latents, surrogates, ratios and
+losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-likelihoods are means over latent dimensions, never
+sums. Every random number comes from `generator_for`; no global random state is read.
+Left out on purpose: SDE samplers (see pave_grpo.py), pipelines other than SD3 and FLUX.
+"""
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from rewards import UserError, compute_rewards, fail, load_prompts, load_rewards
+
+ROOT = Path(__file__).resolve().parent
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+BAR_OFF = None if RANK == 0 else True  # progress bars: rank 0 only; None = off when stderr is not a terminal
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+def flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MethodConfig:
+    _argument_group_name = "V-GRPO"
+    solver: Literal["dpm2", "euler"] = flag("dpm2", "ODE solver of rollouts: DPM-Solver++(2M) or Euler")
+    num_pairs: int = flag(4, "N, Monte Carlo pairs (t, noise) per image")
+    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "self-normalised x-loss, or MSE of x, v or eps")
+    group_shared_pairs: bool = flag(True, "all images of a prompt share one set of pairs")
+    stratified: bool = flag(True, "one timestep from each of N consecutive chunks of the grid; off = uniform")
+    soft_clip: float = flag(3.0, "eta of the advantage soft clip eta tanh(A / eta); 0 = off (hard clamp at 5)")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, mean squared x0_hat difference")
+    ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, mean squared v difference")
+
+    def network_evaluations(self) -> tuple[int, int]:
+        """Per image: to sample, to update (forwards without and with gradient, and of the initial model)."""
+        if self.num_pairs > self.steps:
+            fail(f"--num_pairs {self.num_pairs} is more than the --steps {self.steps} it draws timesteps from.")
+        off_policy = self.update_epochs if self.update_epochs * self.num_minibatches > 1 else 0
+        return self.steps, self.num_pairs * (self.update_epochs * (1 + (self.ref_kl_beta > 0)) + off_policy)
+
+    def sample(self, velocity_fn, x, sigmas):
+        return ode_sample(velocity_fn, x, sigmas, self.solver)
+
+
+@dataclass
+class ModelConfig:
+    _argument_group_name = "model and data"
+    model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
+    prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
+    eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
+    reward: str = flag("jpeg=1", "name=weight,... of rewards.py or file.py:function; weight 0 = logged only")
+    resolution: int = flag(512, "image height and width, px")
+    guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: its embedded guidance")
+    max_sequence_length: int = flag(256, "T5 tokens of a prompt")
+    full: bool = flag(False, "train all transformer weights instead of LoRA")
+    lora_rank: int = flag(32, "LoRA rank")
+    lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = flag(False, "torch.compile the transformer block by block")
+
+
+@dataclass
+class RunConfig:
+    _argument_group_name = "sampling, optimisation, run"
+    iterations: int = flag(150, "iterations of sample, reward, advantage, update")
+    prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
+    group_size: int = flag(24, "G, images per prompt")
+    micro_batch: int = flag(4, "images per network call; sets memory, not results")
+    steps: int = flag(40, "T, solver steps per training image")
+    eval_steps: int = flag(40, "solver steps per evaluation image")
+    shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
+    adv_std: Literal["group", "global"] = flag("group", "std that divides advantages: the group's or the iteration's")
+    update_epochs: int = flag(1, "passes over the images of an iteration")
+    num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
+    lr: float = flag(3e-4, "AdamW learning rate, constant")
+    weight_decay: float = flag(1e-4, "AdamW weight decay")
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
+    seed: int = flag(0, "seed of every random number")
+    eval_every: int = flag(10, "iterations between evaluations")
+    eval_samples: int = flag(1, "images per evaluation prompt")
+    save_every: int = flag(10, "iterations between checkpoints")
+    run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED")
+    resume: str = flag("", "run folder to continue with its own flags; flags given beside it win")
+    tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go besides metrics.jsonl")
+
+
+@dataclass
+class Config(RunConfig, ModelConfig, MethodConfig):
+    """All flags, one flat object. The defaults above hold unless PRESETS replaces them for the chosen --model."""
+
+
+MODEL_IDS = {
+    "tiny": str(ROOT / "tiny_sd3"),
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
+PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta")
+PRESETS = {
+    "tiny": dict(
+        prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
+        reward="shapes=1", resolution=64, max_sequence_length=1, steps=10, eval_steps=10, prompts_per_iter=24,
+        group_size=12, micro_batch=96, iterations=25, lr=2e-3, ref_kl_beta=0.1, eval_every=5, eval_samples=4,
+    ),
+    "sd3": dict(),
+    "flux": dict(
+        resolution=720, guidance_scale=3.5, max_sequence_length=512, lora_rank=64, lora_alpha=128, lr=1e-4, steps=16,
+        eval_steps=28, group_size=12, iterations=300, micro_batch=1, clip_range=1e-2, grad_checkpointing=True,
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Reads the flags: --model, or the run to --resume, picks the defaults; given flags win. Raises UserError."""
+    from diffusers import DiffusionPipeline
+    from transformers import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((ModelConfig, MethodConfig, RunConfig), description=__doc__.split("\n")[0])
+    parser.error = lambda message: fail(f"{message}; see --help.")
+    chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    if chosen.resume:
+        defaults = json.loads((Path(chosen.resume) / "config.json").read_text())["config"]
+    elif chosen.model in PRESETS:
+        defaults = PRESETS[chosen.model]
+    else:
+        kind = DiffusionPipeline.load_config(chosen.model)["_class_name"]
+        defaults = PRESETS[PIPELINES[kind]] if kind in PIPELINES else fail(f"--model {chosen.model} is a {kind}.")
+    parser.set_defaults(**defaults)
+    for action in parser._actions:  # --help names each flag once: `--group_size INT`
+        action.option_strings = [name for name in action.option_strings if "-" not in name.strip("-")]
+        if action.option_strings[0].startswith("--no_"):
+            action.help = "switches the flag above off"
+        elif not action.choices and action.nargs != 0:
+            action.metavar = "BOOL" if action.nargs == "?" else action.type.__name__.upper()
+    args = Config(**vars(parser.parse_args(argv)))
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
+            fail(f"--{name} is {value}; it must be positive.")
+    if args.group_size < 2 or args.prompts_per_iter % args.num_minibatches:
+        fail("--group_size must be at least 2, and --prompts_per_iter a multiple of --num_minibatches.")
+    if args.tracker != "none" and importlib.util.find_spec(args.tracker) is None:
+        fail(f"--tracker {args.tracker} is not installed; run `pip install {args.tracker}`.")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- sigma grid
+def sigma_grid(num_steps: int, shift: float) -> torch.Tensor:
+    """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
+        s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
+    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
+    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing.
+    """
+    s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * s / (1 + (shift - 1) * s)).float()
+
+
+def generator_for(*draw: int | str) -> torch.Generator:
+    """CPU generator of the draw with this name: (seed, iteration, purpose, prompt slot, sample), as far as it has them.
+
+    A hash and no state, so a draw depends neither on the process that makes it nor on what was drawn before.
+    """
+    digest = hashlib.sha256(repr(draw).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+class Model:
+    """A diffusers SD3 or FLUX pipeline as the method needs it: encode, velocity, decode, reference, weights."""
+
+    def __init__(self, pipe, args: Config, device: torch.device):
+        self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
+        self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
+        self.is_flux = type(pipe).__name__ == "FluxPipeline"
+        side = args.resolution // pipe.vae_scale_factor
+        if args.resolution % (2 * pipe.vae_scale_factor):
+            fail(f"--resolution must be a multiple of {2 * pipe.vae_scale_factor} px (VAE times patch size).")
+        self.latent_shape = (self.vae.config.latent_channels, side, side)
+        for module in (self.transformer, self.vae, pipe.text_encoder, pipe.text_encoder_2):
+            module.requires_grad_(False)
+        self.frozen = copy.deepcopy(self.transformer) if args.full else None
+        if args.full:
+            self.transformer.requires_grad_(True)
+        else:
+            self.add_lora()
+        self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        if args.grad_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if args.compile:
+            self.transformer.compile_repeated_blocks()
+
+    def add_lora(self) -> None:
+        """Adds LoRA to the attention projections of both streams, in fp32: bf16 would round updates away."""
+        from peft import LoraConfig
+
+        layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        config = dict(r=self.args.lora_rank, lora_alpha=self.args.lora_alpha, init_lora_weights="gaussian")
+        with torch.random.fork_rng():  # peft draws from the global generator
+            torch.manual_seed(generator_for(self.args.seed, "lora").initial_seed())
+            self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
+        for p in self.transformer.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditioning of B prompts: context (B, S, D) and pooled (B, E). Each distinct prompt is encoded once.
+
+        The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        encoders = [getattr(self.pipe, f"text_encoder{suffix}", None) for suffix in ("", "_2", "_3")] if new else []
+        for encoder in filter(None, encoders):
+            encoder.to(self.device)
+        options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
+        options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
+        for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF):
+            out = self.pipe.encode_prompt(prompt, None, **options)
+            self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
+        for encoder in filter(None, encoders):
+            encoder.to("cpu")
+        context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
+        return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
+
+    def network(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """One call of the transformer, under autocast if its weights are bf16: fp32 latents in, fp32 velocity out."""
+        inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=context.dtype == torch.bfloat16):
+            if not self.is_flux:
+                return self.transformer(x, timestep=1000 * t, **inputs)[0].float()
+            h, w = x.shape[2] // 2, x.shape[3] // 2
+            ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (0, row, column)
+            inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3)}
+            if self.transformer.config.guidance_embeds:
+                inputs["guidance"] = torch.full_like(t, self.args.guidance_scale)
+            tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+            v = self.transformer(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
+            return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2).float()
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """v(x_t, t), with classifier-free guidance if asked for.
+
+        x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t.
+        """
+        copies = len(x_t) // len(cond[0])
+        x, t = x_t.float(), t.float().expand(len(x_t))
+        v = self.network(x, t, *(repeat(c, "b ... -> (n b) ...", n=copies) for c in cond))
+        if self.args.guidance_scale > 1 and not self.is_flux:
+            v_empty = self.network(x, t, *(repeat(c, "1 ... -> b ...", b=len(x)) for c in self.encode([""])))
+            v = v_empty + self.args.guidance_scale * (v - v_empty)
+        return v.to(x_t.dtype)
+
+    def noise(self, draws: list[tuple]) -> torch.Tensor:
+        """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
+        return torch.stack([torch.randn(self.latent_shape, generator=generator_for(*d)) for d in draws]).to(self.device)
+
+    def velocity_fn(self, lines: list[dict]):
+        """velocity_fn(x, t) -> v, the closure that the method's functions take: this model for these prompts."""
+        cond = self.encode([line["prompt"] for line in lines])
+        return lambda x, t: self.velocity(x, t, cond)
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Within this context the model is the initial one (LoRA off; --full: the copy kept), without gradient."""
+        trained, self.transformer = self.transformer, self.frozen or self.transformer
+        if not self.args.full:
+            trained.disable_adapters()
+        with torch.no_grad():
+            yield
+        if not self.args.full:
+            trained.enable_adapters()
+        self.transformer = trained
+
+    @torch.no_grad()
+    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]. The VAE is fp32 everywhere."""
+        z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def save(self, folder: Path) -> str:
+        """Saves the weights (LoRA; --full: all) for plain diffusers and returns the line that loads them."""
+        if self.args.full:
+            self.transformer.save_pretrained(folder / "transformer")
+            return f'pipe.transformer = {type(self.transformer).__name__}.from_pretrained("{folder}/transformer")'
+        from peft.utils import get_peft_model_state_dict
+
+        metadata = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them the scale is lost
+        layers = get_peft_model_state_dict(self.transformer)
+        self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+        return f'pipe.load_lora_weights("{folder}")'
+
+
+def load_model(args: Config, device: torch.device) -> Model:
+    """Loads --model: the transformer in bf16 on CUDA (fp32 under --full and on the CPU), the VAE in fp32."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    path = MODEL_IDS.get(args.model, args.model)
+    absent = {k: None for k, v in diffusers.DiffusionPipeline.load_config(path).items() if v == [None, None]}  # no T5
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtypes = {"transformer": torch.float32 if args.full else half, "vae": torch.float32, "default": half}
+    return Model(diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent), args, device)
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+def prompts_of(iteration: int, prompts: list[dict], args: Config) -> list[dict]:
+    """The P prompts of iteration 1, 2, ...: consecutive slots of endless, reshuffled passes over the file."""
+    slots = range((iteration - 1) * args.prompts_per_iter, iteration * args.prompts_per_iter)
+    epochs = {slot // len(prompts) for slot in slots}
+    order = {e: torch.randperm(len(prompts), generator=generator_for(args.seed, e, "prompts")).tolist() for e in epochs}
+    return [prompts[order[slot // len(prompts)][slot % len(prompts)]] for slot in slots]
+
+
+# ---------------------------------------------------------------------------------------------------------- advantages
+def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
+    """Advantages relative to the group, a weighted sum over rewards.   [GRPO; per-reward normalisation: MixGRPO]
+        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped to +-clamp
+    rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
+    std: "group" or "global" (over all N), population std;  clamp: > 0, None = off
+    Returns adv (N,), exactly 0 where a group's rewards are all equal, and the metrics of the rewards.
+    Deviation: the papers say only "normalise"; population std and 1e-4 are ours.
+    """
+    adv, metrics = 0.0, {}
+    for name, reward in rewards.items():
+        R = rearrange(reward, "(p g) -> p g", g=group_size)
+        scale = R.std(dim=1, keepdim=True, correction=0) if std == "group" else R.std(correction=0)
+        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding error is no advantage
+        adv = adv + weights[name] * torch.where(equal, 0.0, (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4))
+        metrics[f"reward/{name}"] = reward.mean()
+    metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
+    total = sum(weights[name] * reward for name, reward in rewards.items())
+    metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
+    adv = adv if clamp is None else adv.clamp(-clamp, clamp)
+    return rearrange(adv, "p g -> (p g)"), metrics
+
+
+# -------------------------------------------------------------------------------------------------------------- METHOD
+def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
+    """Final latents of the flow ODE dx = v dt.   [DPM-Solver++(2M), arXiv 2211.01095, with alpha = 1 - t, sigma = t]
+        euler:  x <- x + (t' - t) v
+        dpm2:   x <- (t'/t) x + ((1 - t') - (t'/t) (1 - t)) D,   D = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
+    h: step in log((1 - t) / t), infinite at t = 1 and t = 0: the first two steps and the last have D = x0_hat.
+    x: (B, C, H, W) noise;  sigmas: (T + 1,) from 1 to 0.  Returns x_0, like x.
+    """
+    lam = torch.log1p(-sigmas) - torch.log(sigmas)
+    x0_prev = None
+    for i, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        v = velocity_fn(x, t)
+        if solver == "euler":
+            x = x + (t_next - t) * v
+            continue
+        D = x0_hat = x - t * v
+        if 2 <= i < len(sigmas) - 2:
+            D = x0_hat + (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1])) * (x0_hat - x0_prev)
+        x = t_next / t * x + ((1 - t_next) - t_next / t * (1 - t)) * D
+        x0_prev = x0_hat
+    return x
+
+
+def draw_pairs(sigmas, num_pairs, num_prompts, group_size, latent_shape, generator, stratified=True, group_shared=True):
+    """Monte Carlo pairs (t_j, noise_j) of the surrogate.   [V-GRPO, section 3: group-shared, stratified]
+
+    sigmas: (T + 1,) grid, its final 0 left out;  num_pairs: N, at most T if stratified;  latent_shape: (C, H, W)
+    stratified: one uniform draw from each of N consecutive chunks of the grid, else N uniform draws from all of it
+    group_shared: one set per prompt for all its samples, else one per sample
+    Returns t (P G, N) in (0, 1] and noise (P G, N, C, H, W), prompt-major, on the CPU.
+    Deviation: the released code shares one set across the batch; ours is per prompt, as in the paper's text.
+    """
+    grid = sigmas[:-1].cpu()
+    rows = num_prompts if group_shared else num_prompts * group_size
+    chunks = grid.tensor_split(num_pairs) if stratified else [grid] * num_pairs
+    t = torch.stack([chunk[torch.randint(len(chunk), (rows,), generator=generator)] for chunk in chunks], dim=1)
+    noise = torch.randn(rows, num_pairs, *latent_shape, generator=generator, dtype=grid.dtype)
+    copies = group_size if group_shared else 1
+    return repeat(t, "p n -> (p g) n", g=copies), repeat(noise, "p n ... -> (p g) n ...", g=copies)
+
+
+def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
+    """ELBO surrogate L of final samples: log pi(x_0 | prompt) <- -L.   [V-GRPO, Eq. 14]
+        z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v(z_t, t);  L = mean_j l(t_j, noise_j)
+        adaptive: l = mean_d (x0_hat - x_0)^2 / stopgrad(mean_d |x0_hat - x_0|)
+        x, v, eps: l = mean_d (s (v - (noise - x_0)))^2 with s = t, 1, 1 - t, the MSE of that prediction
+    x_0: (B, C, H, W);  t: (B, N) in (0, 1];  noise: (B, N, C, H, W).  Returns L (B,), x0_hat (B, N, C, H, W).
+    Deviation: means where the paper prints norms (as the released code does); the denominator is at least 1e-5.
+    """
+    assert noise.shape == (*t.shape, *x_0.shape[1:]) and len(t) == len(x_0), "x_0 (B, ...), t (B, N), noise (B, N, ...)"
+    losses, x0_hats = [], []
+    for j in range(t.shape[1]):
+        t_j = t[:, j].view(-1, *(1,) * (x_0.dim() - 1))
+        z_t = (1 - t_j) * x_0 + t_j * noise[:, j]
+        v = velocity_fn(z_t, t[:, j])
+        x0_hats.append(z_t - t_j * v)
+        if weighting == "adaptive":
+            error = (x0_hats[-1] - x_0).flatten(1)
+            losses.append(error.square().mean(dim=1) / error.abs().mean(dim=1).clamp_min(1e-5).detach())
+        else:
+            scale = {"x": t_j, "v": 1.0, "eps": 1 - t_j}[weighting]
+            losses.append((scale * (v - (noise[:, j] - x_0))).flatten(1).square().mean(dim=1))
+    return torch.stack(losses).mean(dim=0), torch.stack(x0_hats, dim=1)
+
+
+def soft_clip(adv, eta):
+    """Bounded advantage eta tanh(A / eta), slope 1 at 0.   [V-GRPO, Eq. 17]   adv: any shape;  eta > 0."""
+    return eta * torch.tanh(adv / eta)
+
+
+def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=None, ref_kl_beta=0.0):
+    """Negative V-GRPO objective.   [V-GRPO, Eq. 15 and 16]
+        ratio = exp(L_old - L_new)
+        loss = -mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)) + beta mean(D) + beta_ref mean(D_ref)
+    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps > 0, None = no clip
+    kl, ref_kl: (B,) D to the behaviour policy (x-space) and to the initial model (v-space);  None = 0
+    Returns loss () and detached metrics.  Deviation: the last term is ours, off at ref_kl_beta = 0.
+    """
+    ratio = torch.exp(L_old - L_new)
+    eps = math.inf if clip_range is None else clip_range
+    bounded = ratio.clamp(1 - eps, 1 + eps) * adv
+    policy = -torch.minimum(ratio * adv, bounded).mean()
+    kl_term = (0.0 if kl is None else kl_beta * kl.mean()) + (0.0 if ref_kl is None else ref_kl_beta * ref_kl.mean())
+    metrics = {
+        "loss/total": policy + kl_term, "loss/policy": policy, "loss/kl": policy + kl_term - policy,
+        "policy/ratio_mean": ratio.mean(), "policy/ratio_max_dev": (ratio - 1).abs().max(),
+        "policy/clip_frac": (bounded < ratio * adv).to(adv.dtype).mean(),
+        "policy/approx_kl": (ratio - 1 - (L_old - L_new)).mean(),
+    }  # fmt: skip
+    return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
+
+
+def backward_pairs(model, velocity_fn, x_0, t, noise, adv, args, share, L_now=None, old=None):
+    """Adds the gradient of share * vgrpo_loss to the weights, one pair at a time: memory is that of N = 1.
+
+    L is a mean over pairs inside exp, so the chain rule is split: dloss/dL follows from the value of L alone and
+    weighs each pair's gradient. Exactly loss.backward() over all pairs.
+    x_0, t, noise, adv: as above;  L_now: L (B,) of theta, old: L (B,) and x0_hat (B, N, C, H, W) of theta_old, both
+    None when theta = theta_old, where ratio = 1 and D = 0 whatever L is.  Returns metrics.
+    """
+    clip_range, N = args.clip_range or None, t.shape[1]
+    L_at = (torch.zeros_like(adv) if old is None else L_now).clone().requires_grad_()
+    (slope,) = torch.autograd.grad(vgrpo_loss(L_at, L_at.detach() if old is None else old[0], adv, clip_range)[0], L_at)
+    terms = adv.new_zeros(3, len(adv))  # L, D and D_ref of theta, for the metrics
+    for j in range(N):
+        t_j, noise_j = t[:, j : j + 1], noise[:, j : j + 1]
+        L, x0_hat = surrogate(velocity_fn, x_0, t_j, noise_j, args.weighting)
+        kl = ref_kl = torch.zeros_like(L)
+        if args.kl_beta and old is not None:
+            kl = (x0_hat - old[1][:, j : j + 1]).flatten(1).square().mean(dim=1)
+        if args.ref_kl_beta:
+            with model.reference():
+                x0_ref = surrogate(velocity_fn, x_0, t_j, noise_j)[1]
+            ref_kl = ((x0_hat - x0_ref).flatten(1) / t_j).square().mean(dim=1)  # x0_hat = z_t - t v
+        objective = slope @ L + args.kl_beta * kl.mean() + args.ref_kl_beta * ref_kl.mean()
+        (share / N * objective).backward()
+        terms += torch.stack([L, kl, ref_kl]).detach() / N
+    L_old = terms[0] if old is None else old[0]
+    return vgrpo_loss(terms[0], L_old, adv, clip_range, terms[1], args.kl_beta, terms[2], args.ref_kl_beta)[1]
+
+
+def update(model, lines, data, minibatches, args, optimizer_step):
+    """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [V-GRPO, Alg. 1, lines 9-13]
+
+    lines: prompts of this process's n samples;  data: their x_0, t, noise, adv;  minibatches: lists of micro-batches of
+    sample indices, the same in every pass and for theta_old, so that the first ratio is 1 to the last bit.
+    Returns [(metrics, share)] of all micro-batches; the shares add up to 1.
+    """
+
+    @torch.no_grad()
+    def values(part):
+        velocity_fn = model.velocity_fn([lines[i] for i in part])
+        L, x0_hat = surrogate(velocity_fn, *(x[part] for x in data[:3]), args.weighting)
+        return L, x0_hat if args.kl_beta else None
+
+    steps = [minibatch for _ in range(args.update_epochs) for minibatch in minibatches]
+    old = {part[0]: values(part) for minibatch in minibatches for part in minibatch} if len(steps) > 1 else {}
+    total, metrics = args.prompts_per_iter * args.group_size / args.num_minibatches, []
+    for step, minibatch in enumerate(steps):
+        for part in minibatch:
+            share, velocity_fn = len(part) / total, model.velocity_fn([lines[i] for i in part])
+            theta = (values(part)[0], old[part[0]]) if step else ()
+            result = backward_pairs(model, velocity_fn, *(x[part] for x in data), args, share, *theta)
+            metrics.append((result, share / len(steps)))
+        optimizer_step()
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------- evaluation and images
+@torch.no_grad()
+def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, path: Path) -> dict[str, float]:
+    """Mean rewards of eval_samples images per prompt, from noise that is the same in every evaluation of every run.
+
+    The first image of each of the first twelve prompts goes to a captioned grid at `path`.
+    """
+    samples = [(p, s) for s in range(args.eval_samples) for p in range(len(lines))]
+    scores = torch.zeros(len(reward_fns), len(samples), device=model.device)
+    shown = torch.zeros(min(12, len(lines)), 3, args.resolution, args.resolution, device=model.device)
+    sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
+    starts = range(RANK * args.micro_batch, len(samples), args.micro_batch * WORLD_SIZE)
+    for start in tqdm(starts, "evaluate", leave=False, disable=BAR_OFF):
+        part = slice(start, start + args.micro_batch)
+        batch = [lines[p] for p, _ in samples[part]]
+        noise = model.noise([("eval", *sample) for sample in samples[part]])
+        images = model.decode(args.sample(model.velocity_fn(batch), noise, sigmas))
+        scores[:, part] = torch.stack([*compute_rewards(reward_fns, images, batch, args.micro_batch).values()])
+        shown[part] = images[: len(shown[part])]
+    all_reduce([scores, shown])
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(shown, [line["prompt"] for line in lines]).save(path)
+    return {f"eval/{name}": score.item() for name, score in zip(reward_fns, scores.mean(dim=1), strict=True)}
+
+
+def image_grid(images: torch.Tensor, captions: list[str]) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their captions below."""
+    side = min(256, max(128, images.shape[3]))
+    grid = Image.new("RGB", (min(6, len(images)) * (side + 8), -(-len(images) // 6) * (side + 40)), "white")
+    for i, pixels in enumerate(rearrange(images * 255, "n c h w -> n h w c").round().byte().cpu().numpy()):
+        x, y = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4
+        grid.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
+        text = "\n".join(textwrap.wrap(captions[i], side // 6)[:3])
+        ImageDraw.Draw(grid).text((x, y + side), text, "black", spacing=0)
+    return grid
+
+
+# ----------------------------------------------------------------------------------------------- checkpoint and logging
+def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, optimizer) -> None:
+    """Writes run_dir/checkpoint: safetensors and one JSON, synced, then renamed; the one before becomes .prev."""
+    tmp, final, previous = (run_dir / f"checkpoint{suffix}" for suffix in (".tmp", "", ".prev"))
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    moments = {f"{n}.{key}": x for n, state in optimizer.state_dict()["state"].items() for key, x in state.items()}
+    save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
+    save_file(moments, tmp / "optimizer.safetensors")
+    (tmp / "state.json").write_text(json.dumps({"iteration": iteration, "config": asdict(args)}))
+    os.sync()  # on disk before it gets its name
+    if final.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        final.rename(previous)
+    tmp.rename(final)
+
+
+def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int:
+    """Restores run_dir/checkpoint (.prev if a kill left only that); returns its iteration. Raises UserError."""
+    folder = run_dir / ("checkpoint" if (run_dir / "checkpoint").exists() else "checkpoint.prev")
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"--resume: {folder} is missing or damaged ({error}); checkpoint.prev is the one before.")
+    if {n: p.shape for n, p in model.trainable.items()} != {n: p.shape for n, p in weights.items()}:
+        changed = [name for name, value in state["config"].items() if value != getattr(args, name, None)]
+        fail(f"--resume: {folder} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
+    for name, p in model.trainable.items():
+        p.data.copy_(weights[name])
+    grouped = {int(key.split(".")[0]): {} for key in moments}
+    for key, x in moments.items():
+        grouped[int(key.split(".")[0])][key.split(".")[1]] = x
+    optimizer.load_state_dict({"state": grouped, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state["iteration"]
+
+
+def start_run(run_dir: Path, args: Config, done: int):
+    """Makes the run folder; returns log(iteration, metrics), which appends to metrics.jsonl."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    config = {"config": asdict(args), "versions": versions, "git": git, "world_size": WORLD_SIZE}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.copy(__file__, run_dir)
+    path = run_dir / "metrics.jsonl"
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= done] if done else []
+    path.write_text("".join(line + "\n" for line in kept))
+    if args.tracker == "wandb":
+        import wandb
+
+        wandb.init(name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
+    if args.tracker != "none":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run_dir)
+
+    def log(iteration: int, metrics: dict[str, float]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
+        for name, value in metrics.items() if args.tracker != "none" else ():
+            writer.add_scalar(name, value, iteration)
+
+    return log
+
+
+# --------------------------------------------------------------------------------------------------------- distributed
+def all_reduce(tensors, op=dist.ReduceOp.SUM) -> None:
+    """Reduces each tensor over all processes, in place."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        dist.all_reduce(tensor, op)
+
+
+def mean_metrics(parts: list[tuple[dict, float]]) -> dict[str, float]:
+    """Sums metrics times share over all processes (shares add up to 1); maxima for keys in _max_dev."""
+    values = torch.stack([torch.stack([*metrics.values()]) for metrics, _ in parts])
+    mean, largest = torch.tensor([share for _, share in parts], device=values.device) @ values, values.amax(dim=0)
+    all_reduce([mean])
+    all_reduce([largest], dist.ReduceOp.MAX)
+    rows = zip(parts[0][0], mean.tolist(), largest.tolist(), strict=True)
+    return {name: high if name.endswith("_max_dev") else average for name, average, high in rows}
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, args: Config, norms: list[float]) -> None:
+    """One AdamW step on gradients summed over processes and clipped; skipped if their norm is not finite."""
+    parameters = optimizer.param_groups[0]["params"]
+    for p in parameters:  # a process without prompts has none
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    all_reduce([p.grad for p in parameters])
+    norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
+    if math.isfinite(norms[-1]):
+        optimizer.step()
+    elif len(norms) >= 3 and not any(map(math.isfinite, norms[-3:])):
+        fail("three gradients in a row were not finite; the last checkpoint is intact, try a lower --lr.")
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    reward_fns, reward_weights = load_rewards(args.reward)
+    P, G, gradient_steps = args.prompts_per_iter, args.group_size, args.update_epochs * args.num_minibatches
+    samples = [(slot, i) for slot in range(RANK, P, WORLD_SIZE) for i in range(G)]  # whole groups of this process
+    mine = torch.tensor([slot * G + i for slot, i in samples])
+    minibatch_of = mine // G * args.num_minibatches // P
+    minibatches = [torch.nonzero(minibatch_of == m).flatten() for m in range(args.num_minibatches)]
+    minibatches = [[part.tolist() for part in m.split(args.micro_batch) if len(part)] for m in minibatches]
+    sampling, updating = args.network_evaluations()
+    if RANK == 0:
+        print(f"{Path(__file__).stem} {args.model}: {args.iterations} iterations of {P} prompts x {G} images,")
+        print(f"  {sum(map(len, minibatches))} micro-batches per process, {gradient_steps} gradient step(s), network "
+              f"evaluations: {P * G * sampling:,} to sample, {P * G * updating:,} to update", flush=True)  # fmt: skip
+    name = f"runs/{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or name)
+    model = load_model(args, device)
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
+    done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
+    log = start_run(run_dir, args, done) if RANK == 0 else lambda *_: None
+    sigmas = sigma_grid(args.steps, args.shift).to(device)
+    coming = [line for i in range(done + 1, args.iterations + 1) for line in prompts_of(i, train_lines, args)]
+    model.encode([line["prompt"] for line in eval_lines + coming])
+    before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
+    if done == 0:
+        log(0, before)
+    norms, stop = [], []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
+        signal.signal(number, lambda *_: stop.append(True))
+
+    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
+    for iteration in bar:
+        prompts = prompts_of(iteration, train_lines, args)
+        lines = [prompts[slot] for slot, _ in samples]
+        clock = [time.perf_counter()]
+        # >>> METHOD
+        # ---- sample: one action per sample, its final latents (Alg. 1, lines 2-5)
+        x_0 = torch.empty(len(mine), *model.latent_shape, device=device)
+        images = torch.empty(len(mine), 3, args.resolution, args.resolution, device=device)
+        for part in tqdm([part for m in minibatches for part in m], "sample", leave=False, disable=BAR_OFF):
+            noise = model.noise([(args.seed, iteration, "noise", *samples[i]) for i in part])
+            with torch.no_grad():
+                x_0[part] = args.sample(model.velocity_fn([lines[i] for i in part]), noise, sigmas)
+            images[part] = model.decode(x_0[part])
+        kind = {"stratified": args.stratified, "group_shared": args.group_shared_pairs}
+        draws = [generator_for(args.seed, iteration, "pairs", slot) for slot in range(RANK, P, WORLD_SIZE)]
+        pairs = [draw_pairs(sigmas, args.num_pairs, 1, G, model.latent_shape, draw, **kind) for draw in draws]
+        t, noise = (torch.cat(x).to(device) for x in zip(*pairs, strict=True))
+        clock.append(time.perf_counter())
+        # ---- reward (line 6)
+        rewards = {name: torch.zeros(P * G, device=device) for name in reward_fns}
+        for name, reward in compute_rewards(reward_fns, images, lines, args.micro_batch).items():
+            rewards[name][mine] = reward
+        all_reduce(rewards.values())
+        clock.append(time.perf_counter())
+        # ---- advantage (lines 7-8)
+        adv, metrics = group_advantages(rewards, G, reward_weights, args.adv_std, None if args.soft_clip else 5.0)
+        adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
+        # ---- update (lines 9-13)
+        step = partial(optimizer_step, optimizer, args, norms)
+        parts = update(model, lines, (x_0, t, noise, adv[mine]), minibatches, args, step)
+        clock.append(time.perf_counter())
+        # <<< METHOD
+        # ---- log
+        metrics = {name: value.item() for name, value in metrics.items()} | mean_metrics(parts)
+        metrics |= {"optim/lr": args.lr, "optim/grad_norm": sum(norms[-gradient_steps:]) / gradient_steps}
+        seconds = (end - start for start, end in zip(clock, clock[1:], strict=False))
+        metrics |= dict(zip(("time/sample", "time/reward", "time/update"), seconds, strict=True))
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        metrics |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
+        last = iteration == args.iterations or bool(stop)
+        if iteration % args.eval_every == 0 or last:
+            scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
+        log(iteration, metrics | (scores if iteration % args.eval_every == 0 or last else {}))
+        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", ratio=f"{metrics['policy/ratio_mean']:.4f}")
+        if RANK == 0 and (iteration % args.save_every == 0 or last):
+            save_checkpoint(run_dir, iteration, args, model, optimizer)
+        if last:
+            break
+    if RANK == 0:
+        bar.close()
+        print(*(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}" for name in before), sep="\n")
+        print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
+        if stop:
+            print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
+
+
+def cli() -> None:
+    """main, with a user's mistakes as one sentence on stderr and exit code 2."""
+    try:
+        return main()
+    except torch.OutOfMemoryError:
+        message = "the GPU is out of memory; a smaller --micro_batch or --resolution, or --grad_checkpointing, helps."
+    except (UserError, OSError) as error:
+        message = str(error).strip().split("\n")[0]
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()
