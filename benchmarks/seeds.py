@@ -1,0 +1,97 @@
+"""Runs vgrpo.py on the bundled model over seeds and configurations and prints the README's table.
+
+    python benchmarks/seeds.py                         # all configurations and seeds; finished runs are kept
+    python benchmarks/seeds.py --only default --seeds 0 1
+    python benchmarks/seeds.py --table                 # only prints the table of what benchmarks/results holds
+    python benchmarks/seeds.py --figure                # draws before_after.png from the run of seed 0
+
+Two runs at a time, one thread each. Raw metrics go to benchmarks/results/CONFIGURATION-sSEED.jsonl.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+CONFIGURATIONS = {
+    "default": [],
+    "no_ref_kl": ["--ref_kl_beta", "0"],
+    "naive_elbo": ["--no_group_shared_pairs", "--no_stratified", "--weighting", "eps"],
+}
+
+
+def train(job: tuple[str, int]) -> None:
+    name, seed = job
+    result, folder = HERE / f"results/{name}-s{seed}.jsonl", HERE.parent / f"runs/seeds-{name}-s{seed}"
+    if result.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "vgrpo.py", "--seed", str(seed), "--run_dir", str(folder), *CONFIGURATIONS[name]]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=HERE.parent, env=env, check=True, stdout=subprocess.DEVNULL)
+    shutil.copy(folder / "metrics.jsonl", result)
+    print("finished", name, seed, flush=True)
+
+
+def evaluations(path: Path) -> list[float]:
+    lines = (json.loads(line) for line in path.read_text().splitlines())
+    return [line["eval/shapes"] for line in lines if "eval/shapes" in line]
+
+
+def table() -> None:
+    print("| configuration | seed | before | best | end |\n|---|---|---|---|---|")
+    for name in CONFIGURATIONS:
+        ends = []
+        for path in sorted((HERE / "results").glob(f"{name}-s*.jsonl")):
+            scores = evaluations(path)
+            ends.append(scores[-1])
+            seed = path.stem.rpartition("-s")[2]
+            print(f"| {name} | {seed} | {scores[0]:.3f} | {max(scores):.3f} | {scores[-1]:.3f} |")
+        if ends:
+            print(
+                f"| **{name}** | mean of {len(ends)} | | | **{sum(ends) / len(ends):.3f}** (lowest {min(ends):.3f}) |"
+            )
+
+
+def figure() -> None:
+    """The first and the last evaluation grid of the default run with seed 0, one below the other."""
+    grids = sorted((HERE.parent / "runs/seeds-default-s0/samples").glob("iter_*.png"))
+    scores = evaluations(HERE / "results/default-s0.jsonl")
+    pictures = [Image.open(grids[0]), Image.open(grids[-1])]
+    width, height = pictures[0].size
+    canvas = Image.new("RGB", (width, 2 * (height + 24)), "white")
+    for row, (picture, score, path) in enumerate(
+        zip(pictures, (scores[0], scores[-1]), (grids[0], grids[-1]), strict=True)
+    ):
+        title = f"{'before' if row == 0 else 'after'} (iteration {int(path.stem[-4:])}): eval/shapes {score:.2f}"
+        ImageDraw.Draw(canvas).text((4, row * (height + 24) + 4), title, "black", font_size=16)
+        canvas.paste(picture, (0, row * (height + 24) + 24))
+    canvas.save(HERE / "before_after.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo 0-2")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--figure", action="store_true")
+    args = parser.parse_args()
+    if args.figure:
+        return figure()
+    if not args.table:
+        (HERE / "results").mkdir(exist_ok=True)
+        jobs = [(name, s) for name in args.only for s in args.seeds or range(3 if name == "naive_elbo" else 5)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(train, jobs))
+    table()
+
+
+if __name__ == "__main__":
+    main()
