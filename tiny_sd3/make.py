@@ -5,9 +5,8 @@
 
 The world: 64 x 64 images, one to three circles, squares or triangles in six colours on a light ground, and GenEval's
 task types. The model is pretrained on *noisy captions*: every attribute (colour, shape, count, side) is wrong with
-probability `--wrong`, so it draws clean shapes but follows the prompt only in part, as web-scale
-models do. That is the room that
-reinforcement learning has. The verifier of this world, `shapes`, is in rewards.py, as are its colours and sides.
+probability `--wrong`, so it draws clean shapes but follows the prompt only in part, as web-scale models
+do. That is the room that reinforcement learning has. The verifier of this world, `shapes`, is in rewards.py.
 """
 
 import argparse
