@@ -305,11 +305,13 @@ class Model:
         trained, self.transformer = self.transformer, self.frozen or self.transformer
         if not self.args.full:
             trained.disable_adapters()
-        with torch.no_grad():
-            yield
-        if not self.args.full:
-            trained.enable_adapters()
-        self.transformer = trained
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.transformer = trained
+            if not self.args.full:
+                trained.enable_adapters()
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
