@@ -7,7 +7,6 @@ Oracles are naive float64 loops, closed forms, torch.distributions and diffusers
 Checks that guard a formula are functions of the implementation; mutation tests hand them broken ones.
 """
 
-import contextlib
 import importlib.util
 import inspect
 import itertools
@@ -18,6 +17,7 @@ import re
 import subprocess
 import sys
 import types
+import unittest.mock
 from dataclasses import fields
 from pathlib import Path
 
@@ -69,21 +69,14 @@ class Linear:
         self.W = (0.3 * randn(SHAPE[0], SHAPE[0], seed=seed)).requires_grad_()
         self.b = (0.3 * randn(SHAPE[0], seed=seed + 1)).requires_grad_()
         self.parameters, self.initial = [self.W, self.b], [0.8 * self.W.detach(), 0.5 + self.b.detach()]
-        self.now = self.parameters
 
-    def velocity_fn(self, lines=None):
+    def velocity_fn(self, lines=None, initial=False):
+        W, b = self.initial if initial else self.parameters
+
         def velocity(x, t):
-            W, b = self.now
             return torch.einsum("ij,bjhw->bihw", W, x) + t.expand(len(x)).view(-1, 1, 1, 1) * b.view(1, -1, 1, 1)
 
         return velocity
-
-    @contextlib.contextmanager
-    def reference(self):
-        self.now = self.initial
-        with torch.no_grad():
-            yield
-        self.now = self.parameters
 
     def grads(self):
         found = [p.grad.clone() for p in self.parameters]
@@ -310,28 +303,23 @@ def check_update(backward_pairs, **changes):
         L, x0_hat = vgrpo.surrogate(model.velocity_fn(), *data, args.weighting)
         if not off_policy:
             L_old, x0_old = L.detach(), x0_hat.detach()
-        with model.reference():
-            z_t = torch.stack(
-                [
-                    (1 - data[1][:, j].view(-1, 1, 1, 1)) * data[0] + data[1][:, j].view(-1, 1, 1, 1) * data[2][:, j]
-                    for j in range(4)
-                ],
-                1,
-            )
-            v_ref = torch.stack([model.velocity_fn()(z_t[:, j], data[1][:, j]) for j in range(4)], 1)
+        t_all = data[1].view(6, 4, 1, 1, 1)
+        z_t = (1 - t_all) * data[0][:, None] + t_all * data[2]
+        v_ref = torch.stack([model.velocity_fn(initial=True)(z_t[:, j], data[1][:, j]) for j in range(4)], 1)
         v = torch.stack([model.velocity_fn()(z_t[:, j], data[1][:, j]) for j in range(4)], 1)
         kl, ref_kl = ((x0_hat - x0_old) ** 2).flatten(1).mean(dim=1), ((v - v_ref) ** 2).flatten(1).mean(dim=1)
         clip = args.clip_range or None
         expected, metrics = vgrpo.vgrpo_loss(L, L_old, adv, clip, kl, args.kl_beta, ref_kl, args.ref_kl_beta)
         expected.backward()
-        gradient, found = model.grads(), 0.0
+        gradient, terms = model.grads(), torch.zeros(4, 6, dtype=torch.float64)
+        fns = model.velocity_fn(), model.velocity_fn(initial=True)
         for part in parts:
             now, old = (L.detach()[part], (L_old[part], x0_old[part])) if off_policy else (None, None)
             inputs = (x[part] for x in (*data, adv))
-            m = backward_pairs(model, model.velocity_fn(), *inputs, args, len(part) / 6, now, old)
-            found = found + len(part) / 6 * m["loss/total"]
+            terms[:, part] = backward_pairs(*fns, *inputs, args, len(part) / 6, now, old)
         close(model.grads(), gradient, 1e-12, f"micro-batched gradient, off-policy {off_policy}, {changes}")
-        close(found, metrics["loss/total"], 1e-12, "micro-batched loss")
+        found = vgrpo.vgrpo_loss(terms[1], terms[0], adv, clip, terms[2], args.kl_beta, terms[3], args.ref_kl_beta)[1]
+        close(found["loss/total"], metrics["loss/total"], 1e-12, "micro-batched loss")
 
 
 UPDATES = [
@@ -354,7 +342,7 @@ def test_maths_several_updates_equal_one_shot_updates():
     )
     data, adv = problem(B=6), randn(6, seed=9)
     minibatches = [[[0, 1], [2]], [[3, 4], [5]]]
-    models, metrics = [Linear(), Linear()], None
+    models, terms = [Linear(), Linear()], None
     for which, model in enumerate(models):
         optimizer = torch.optim.SGD(model.parameters, lr=0.5)
         if which == 0:
@@ -363,7 +351,7 @@ def test_maths_several_updates_equal_one_shot_updates():
                 optimizer.step()
                 optimizer.zero_grad()
 
-            metrics = vgrpo.update(model, [{}] * 6, (*data, adv), minibatches, args, step)
+            terms = vgrpo.update(model, [{}] * 6, (*data, adv), minibatches, args, step)
             continue
         with torch.no_grad():
             L_old, x0_old = vgrpo.surrogate(model.velocity_fn(), *data)
@@ -371,8 +359,7 @@ def test_maths_several_updates_equal_one_shot_updates():
             for rows in ([0, 1, 2], [3, 4, 5]):
                 x_0, t, noise = (x[rows] for x in data)
                 L, x0_hat = vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)
-                with model.reference():
-                    x0_ref = vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)[1]
+                x0_ref = vgrpo.surrogate(model.velocity_fn(initial=True), x_0, t, noise)[1]
                 kl = ((x0_hat - x0_old[rows]) ** 2).flatten(1).mean(1)
                 ref_kl = ((x0_hat - x0_ref) ** 2 / t[:, :, None, None, None] ** 2).flatten(1).mean(1)
                 loss, _ = vgrpo.vgrpo_loss(L, L_old[rows], adv[rows], 0.02, kl, 0.2, ref_kl, 0.1)
@@ -381,8 +368,10 @@ def test_maths_several_updates_equal_one_shot_updates():
                 optimizer.step()
     close(models[0].W, models[1].W, 1e-12, "weights after four updates")
     close(models[0].b, models[1].b, 1e-12, "bias after four updates")
-    assert sum(share for _, share in metrics) == pytest.approx(1)
-    assert metrics[0][0]["policy/ratio_max_dev"] == 0 < metrics[-1][0]["policy/ratio_max_dev"]
+    L_old, L_new, kl, ref_kl = terms
+    assert terms.shape == (4, 2, 6) and torch.equal(L_old[0], L_old[1]) and (ref_kl > 0).all()
+    assert torch.equal(L_old[0, :3], L_new[0, :3]) and (L_old[:, 3:] != L_new[:, 3:]).all(), "ratio 1 in the first step"
+    assert (kl[0, :3] == 0).all() and (kl[1] > 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
@@ -708,11 +697,21 @@ def test_bundled_prompts_hold_out_what_they_evaluate(tmp_path):
     assert 90 <= len(vgrpo.load_prompts(ROOT / "prompts/general.txt")) <= 130
 
 
-def test_prompt_order_covers_the_file_and_needs_no_state():
-    args, prompts = types.SimpleNamespace(seed=3, prompts_per_iter=4), [{"prompt": str(i)} for i in range(10)]
-    seen = [line["prompt"] for i in range(1, 6) for line in vgrpo.prompts_of(i, prompts, args)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(map(str, range(10))) and seen[:10] != seen[10:]
-    assert vgrpo.prompts_of(3, prompts, args) == vgrpo.prompts_of(3, prompts, args)
+def test_prompt_order_covers_the_file_before_it_repeats(tmp_path):
+    """Ten prompts, four an iteration: every prompt comes once in iterations 1 to 5, in another order each pass."""
+    seen = []
+
+    def spy(images, prompts, metadata):
+        seen.extend(prompts[::2])  # groups of two; the evaluation before training leaves 5 of its 10
+        return torch.rand(len(prompts), generator=gen(len(seen)))
+
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(10))))
+    with unittest.mock.patch.dict(rewards.REWARDS, {"spy": spy}):
+        run(tmp_path / "run", *f"--iterations 5 --prompts {tmp_path}/p.txt --eval_prompts {tmp_path}/p.txt".split(),
+            *"--reward spy=1 --prompts_per_iter 4 --group_size 2 --micro_batch 8 --steps 1 --num_pairs 1".split(),
+            *"--eval_steps 1 --eval_every 9".split())  # fmt: skip
+    trained = seen[5:25]
+    assert sorted(trained[:10]) == sorted(trained[10:]) == sorted(map(str, range(10))) and trained[:10] != trained[10:]
 
 
 def test_draws_are_named_not_sequential():
@@ -833,8 +832,7 @@ def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
             for p in model.trainable.values():
                 p.add_(0.02 * torch.randn(p.shape, generator=gen(p.numel())))
             assert (v(x, torch.tensor(0.7)) - before).abs().max() > 1e-3
-            with model.reference():
-                assert torch.equal(v(x, torch.tensor(0.7)), before)
+            assert torch.equal(model.velocity_fn(lines, initial=True)(x, torch.tensor(0.7)), before)
 
 
 def test_bf16_autocast_path_runs_and_is_close():
@@ -945,7 +943,7 @@ def test_help_shows_the_defaults_of_the_chosen_model(capsys):
 MISTAKES = {
     "--model nowhere/at_all": "nowhere/at_all", "--model ./no": "./no", "--model prompts": "model_index.json",
     "--reward nope": "none of", "--prompts no.txt": "no.txt", "--prompts prompts/general.txt": "include",
-    "--tracker pigeon": "invalid choice", "--group_size 1": "group_size", "--group_size x": "invalid int",
+    "--solver pigeon": "invalid choice", "--group_size 1": "group_size", "--group_size x": "invalid int",
     "--lr -1": "positive", "--steps 0": "positive", "--num_minibatches 5": "multiple", "--num_pairs 11": "num_pairs",
     "--resolution 65": "multiple of 16", "--nonsense": "unrecognized", "--resume no_such_run": "no_such_run",
 }  # fmt: skip

@@ -19,11 +19,9 @@ sums. Every random number comes from `generator_for`; no global random state is 
 Left out on purpose: SDE samplers (see pave_grpo.py), pipelines other than SD3 and FLUX.
 """
 
-import contextlib
 import copy
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -84,8 +82,8 @@ class MethodConfig:
 
 
 @dataclass
-class ModelConfig:
-    _argument_group_name = "model and data"
+class RunConfig:
+    _argument_group_name = "model, data, optimisation, run"
     model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
     prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
@@ -99,10 +97,6 @@ class ModelConfig:
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformer block by block")
 
-
-@dataclass
-class RunConfig:
-    _argument_group_name = "sampling, optimisation, run"
     iterations: int = flag(150, "iterations of sample, reward, advantage, update")
     prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
     group_size: int = flag(24, "G, images per prompt")
@@ -122,19 +116,17 @@ class RunConfig:
     save_every: int = flag(10, "iterations between checkpoints")
     run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED")
     resume: str = flag("", "run folder to continue with its own flags; flags given beside it win")
-    tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go besides metrics.jsonl")
 
 
 @dataclass
-class Config(RunConfig, ModelConfig, MethodConfig):
-    """All flags, one flat object. The defaults above hold unless PRESETS replaces them for the chosen --model."""
+class Config(RunConfig, MethodConfig):
+    """All flags. The defaults above hold unless PRESETS replaces them for the chosen --model."""
 
 
 MODEL_IDS = {
-    "tiny": str(ROOT / "tiny_sd3"),
-    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "tiny": str(ROOT / "tiny_sd3"), "sd3": "stabilityai/stable-diffusion-3.5-medium",
     "flux": "black-forest-labs/FLUX.1-dev",
-}
+}  # fmt: skip
 PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta")
 PRESETS = {
@@ -157,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     from transformers import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((ModelConfig, MethodConfig, RunConfig), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser((RunConfig, MethodConfig), description=__doc__.split("\n")[0])
     parser.error = lambda message: fail(f"{message}; see --help.")
     chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if chosen.resume:
@@ -168,20 +160,14 @@ def parse_args(argv: list[str] | None = None) -> Config:
         kind = DiffusionPipeline.load_config(chosen.model)["_class_name"]
         defaults = PRESETS[PIPELINES[kind]] if kind in PIPELINES else fail(f"--model {chosen.model} is a {kind}.")
     parser.set_defaults(**defaults)
-    for action in parser._actions:  # --help names each flag once: `--group_size INT`
-        action.option_strings = [name for name in action.option_strings if "-" not in name.strip("-")]
-        if action.option_strings[0].startswith("--no_"):
-            action.help = "switches the flag above off"
-        elif not action.choices and action.nargs != 0:
-            action.metavar = "BOOL" if action.nargs == "?" else action.type.__name__.upper()
+    for action in parser._actions:  # --help names each flag once, --group_size without --group-size
+        action.option_strings = action.option_strings[:1]
     args = Config(**vars(parser.parse_args(argv)))
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
             fail(f"--{name} is {value}; it must be positive.")
     if args.group_size < 2 or args.prompts_per_iter % args.num_minibatches:
         fail("--group_size must be at least 2, and --prompts_per_iter a multiple of --num_minibatches.")
-    if args.tracker != "none" and importlib.util.find_spec(args.tracker) is None:
-        fail(f"--tracker {args.tracker} is not installed; run `pip install {args.tracker}`.")
     return args
 
 
@@ -219,7 +205,8 @@ class Model:
         self.latent_shape = (self.vae.config.latent_channels, side, side)
         for module in (self.transformer, self.vae, pipe.text_encoder, pipe.text_encoder_2):
             module.requires_grad_(False)
-        self.frozen = copy.deepcopy(self.transformer) if args.full else None
+        shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
+        self.initial = copy.deepcopy(self.transformer, shared)  # for the reference KL; LoRA: no second set of weights
         if args.full:
             self.transformer.requires_grad_(True)
         else:
@@ -227,8 +214,8 @@ class Model:
         self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if args.compile:
-            self.transformer.compile_repeated_blocks()
+        for transformer in (self.transformer, self.initial) if args.compile else ():
+            transformer.compile_repeated_blocks()
 
     def add_lora(self) -> None:
         """Adds LoRA to the attention projections of both streams, in fp32: bf16 would round updates away."""
@@ -262,56 +249,38 @@ class Model:
         context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
 
-    def network(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """One call of the transformer, under autocast if its weights are bf16: fp32 latents in, fp32 velocity out."""
-        inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=context.dtype == torch.bfloat16):
-            if not self.is_flux:
-                return self.transformer(x, timestep=1000 * t, **inputs)[0].float()
-            h, w = x.shape[2] // 2, x.shape[3] // 2
-            ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (0, row, column)
-            inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3)}
-            if self.transformer.config.guidance_embeds:
-                inputs["guidance"] = torch.full_like(t, self.args.guidance_scale)
-            tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-            v = self.transformer(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
-            return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2).float()
-
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """v(x_t, t), with classifier-free guidance if asked for.
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
+        """v(x_t, t) of the model, or of the initial one; the transformer autocasts if its weights are bf16.
 
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t.
         """
-        copies = len(x_t) // len(cond[0])
-        x, t = x_t.float(), t.float().expand(len(x_t))
-        v = self.network(x, t, *(repeat(c, "b ... -> (n b) ...", n=copies) for c in cond))
-        if self.args.guidance_scale > 1 and not self.is_flux:
-            v_empty = self.network(x, t, *(repeat(c, "1 ... -> b ...", b=len(x)) for c in self.encode([""])))
-            v = v_empty + self.args.guidance_scale * (v - v_empty)
-        return v.to(x_t.dtype)
+        transformer = self.initial if initial else self.transformer
+        x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
+        context, pooled = (repeat(c, "b ... -> (n b) ...", n=n) for c in cond)
+        inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=context.dtype == torch.bfloat16):
+            if not self.is_flux:
+                return transformer(x, timestep=1000 * t, **inputs)[0].to(x_t.dtype)
+            h, w = x.shape[2] // 2, x.shape[3] // 2
+            ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (0, row, column)
+            inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3)}
+            if transformer.config.guidance_embeds:
+                inputs["guidance"] = torch.full_like(t, self.args.guidance_scale)
+            tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+            v = transformer(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
+            return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2).to(x_t.dtype)
+
+    def velocity_fn(self, lines: list[dict], initial: bool = False):
+        """velocity_fn(x, t) -> v for these prompts: what the method's functions take. SD3: guided, if asked for."""
+        cond, w = self.encode([line["prompt"] for line in lines]), self.args.guidance_scale
+        if w == 1 or self.is_flux:
+            return lambda x, t: self.velocity(x, t, cond, initial)
+        empty = self.encode([""])
+        return lambda x, t: w * self.velocity(x, t, cond, initial) + (1 - w) * self.velocity(x, t, empty, initial)
 
     def noise(self, draws: list[tuple]) -> torch.Tensor:
         """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
         return torch.stack([torch.randn(self.latent_shape, generator=generator_for(*d)) for d in draws]).to(self.device)
-
-    def velocity_fn(self, lines: list[dict]):
-        """velocity_fn(x, t) -> v, the closure that the method's functions take: this model for these prompts."""
-        cond = self.encode([line["prompt"] for line in lines])
-        return lambda x, t: self.velocity(x, t, cond)
-
-    @contextlib.contextmanager
-    def reference(self):
-        """Within this context the model is the initial one (LoRA off; --full: the copy kept), without gradient."""
-        trained, self.transformer = self.transformer, self.frozen or self.transformer
-        if not self.args.full:
-            trained.disable_adapters()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.transformer = trained
-            if not self.args.full:
-                trained.enable_adapters()
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
@@ -345,15 +314,6 @@ def load_model(args: Config, device: torch.device) -> Model:
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtypes = {"transformer": torch.float32 if args.full else half, "vae": torch.float32, "default": half}
     return Model(diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent), args, device)
-
-
-# ------------------------------------------------------------------------------------------------------------- prompts
-def prompts_of(iteration: int, prompts: list[dict], args: Config) -> list[dict]:
-    """The P prompts of iteration 1, 2, ...: consecutive slots of endless, reshuffled passes over the file."""
-    slots = range((iteration - 1) * args.prompts_per_iter, iteration * args.prompts_per_iter)
-    epochs = {slot // len(prompts) for slot in slots}
-    order = {e: torch.randperm(len(prompts), generator=generator_for(args.seed, e, "prompts")).tolist() for e in epochs}
-    return [prompts[order[slot // len(prompts)][slot % len(prompts)]] for slot in slots]
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
@@ -471,18 +431,19 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=
     return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
 
 
-def backward_pairs(model, velocity_fn, x_0, t, noise, adv, args, share, L_now=None, old=None):
+def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, L_now=None, old=None):
     """Adds the gradient of share * vgrpo_loss to the weights, one pair at a time: memory is that of N = 1.
 
     L is a mean over pairs inside exp, so the chain rule is split: dloss/dL follows from the value of L alone and
     weighs each pair's gradient. Exactly loss.backward() over all pairs.
-    x_0, t, noise, adv: as above;  L_now: L (B,) of theta, old: L (B,) and x0_hat (B, N, C, H, W) of theta_old, both
-    None when theta = theta_old, where ratio = 1 and D = 0 whatever L is.  Returns metrics.
+    velocity_fn, initial_fn: of the model and of the initial one;  x_0, t, noise, adv: as above
+    L_now: L (B,) of theta, old: L (B,) and x0_hat (B, N, C, H, W) of theta_old, both None when theta = theta_old,
+    where ratio = 1 and D = 0 whatever L is.  Returns L_old, L_new, D, D_ref as (4, B).
     """
     clip_range, N = args.clip_range or None, t.shape[1]
     L_at = (torch.zeros_like(adv) if old is None else L_now).clone().requires_grad_()
     (slope,) = torch.autograd.grad(vgrpo_loss(L_at, L_at.detach() if old is None else old[0], adv, clip_range)[0], L_at)
-    terms = adv.new_zeros(3, len(adv))  # L, D and D_ref of theta, for the metrics
+    values = adv.new_zeros(3, len(adv))  # L_new, D, D_ref
     for j in range(N):
         t_j, noise_j = t[:, j : j + 1], noise[:, j : j + 1]
         L, x0_hat = surrogate(velocity_fn, x_0, t_j, noise_j, args.weighting)
@@ -490,14 +451,13 @@ def backward_pairs(model, velocity_fn, x_0, t, noise, adv, args, share, L_now=No
         if args.kl_beta and old is not None:
             kl = (x0_hat - old[1][:, j : j + 1]).flatten(1).square().mean(dim=1)
         if args.ref_kl_beta:
-            with model.reference():
-                x0_ref = surrogate(velocity_fn, x_0, t_j, noise_j)[1]
+            with torch.no_grad():
+                x0_ref = surrogate(initial_fn, x_0, t_j, noise_j)[1]
             ref_kl = ((x0_hat - x0_ref).flatten(1) / t_j).square().mean(dim=1)  # x0_hat = z_t - t v
         objective = slope @ L + args.kl_beta * kl.mean() + args.ref_kl_beta * ref_kl.mean()
         (share / N * objective).backward()
-        terms += torch.stack([L, kl, ref_kl]).detach() / N
-    L_old = terms[0] if old is None else old[0]
-    return vgrpo_loss(terms[0], L_old, adv, clip_range, terms[1], args.kl_beta, terms[2], args.ref_kl_beta)[1]
+        values += torch.stack([L, kl, ref_kl]).detach() / N
+    return torch.stack([values[0] if old is None else old[0], *values])
 
 
 def update(model, lines, data, minibatches, args, optimizer_step):
@@ -505,7 +465,7 @@ def update(model, lines, data, minibatches, args, optimizer_step):
 
     lines: prompts of this process's n samples;  data: their x_0, t, noise, adv;  minibatches: lists of micro-batches of
     sample indices, the same in every pass and for theta_old, so that the first ratio is 1 to the last bit.
-    Returns [(metrics, share)] of all micro-batches; the shares add up to 1.
+    Returns L_old, L, D, D_ref of every sample in every pass, (4, update_epochs, n).
     """
 
     @torch.no_grad()
@@ -516,15 +476,17 @@ def update(model, lines, data, minibatches, args, optimizer_step):
 
     steps = [minibatch for _ in range(args.update_epochs) for minibatch in minibatches]
     old = {part[0]: values(part) for minibatch in minibatches for part in minibatch} if len(steps) > 1 else {}
-    total, metrics = args.prompts_per_iter * args.group_size / args.num_minibatches, []
+    total = args.prompts_per_iter * args.group_size / args.num_minibatches
+    terms = data[0].new_zeros(4, args.update_epochs, len(lines))
     for step, minibatch in enumerate(steps):
         for part in minibatch:
-            share, velocity_fn = len(part) / total, model.velocity_fn([lines[i] for i in part])
+            prompts = [lines[i] for i in part]
             theta = (values(part)[0], old[part[0]]) if step else ()
-            result = backward_pairs(model, velocity_fn, *(x[part] for x in data), args, share, *theta)
-            metrics.append((result, share / len(steps)))
+            fns = model.velocity_fn(prompts), model.velocity_fn(prompts, initial=True)
+            result = backward_pairs(*fns, *(x[part] for x in data), args, len(part) / total, *theta)
+            terms[:, step // args.num_minibatches, part] = result
         optimizer_step()
-    return metrics
+    return terms
 
 
 # ----------------------------------------------------------------------------------------------- evaluation and images
@@ -571,7 +533,7 @@ def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, o
     tmp, final, previous = (run_dir / f"checkpoint{suffix}" for suffix in (".tmp", "", ".prev"))
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
-    moments = {f"{n}.{key}": x for n, state in optimizer.state_dict()["state"].items() for key, x in state.items()}
+    moments = {f"{n}.{key}": x for n, p in model.trainable.items() for key, x in optimizer.state[p].items()}
     save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
     save_file(moments, tmp / "optimizer.safetensors")
     (tmp / "state.json").write_text(json.dumps({"iteration": iteration, "config": asdict(args)}))
@@ -595,65 +557,42 @@ def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int
         fail(f"--resume: {folder} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
     for name, p in model.trainable.items():
         p.data.copy_(weights[name])
-    grouped = {int(key.split(".")[0]): {} for key in moments}
-    for key, x in moments.items():
-        grouped[int(key.split(".")[0])][key.split(".")[1]] = x
-    optimizer.load_state_dict({"state": grouped, "param_groups": optimizer.state_dict()["param_groups"]})
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
+        optimizer.state[p] = {k: moments[f"{name}.{k}"].to("cpu" if k == "step" else p.device) for k in keys}
     return state["iteration"]
 
 
-def start_run(run_dir: Path, args: Config, done: int):
-    """Makes the run folder; returns log(iteration, metrics), which appends to metrics.jsonl."""
+def start_run(run_dir: Path, args: Config, done: int) -> None:
+    """Makes the run folder with config.json, a copy of the script, and the lines of metrics.jsonl up to `done`."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copy(__file__, run_dir)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     config = {"config": asdict(args), "versions": versions, "git": git, "world_size": WORLD_SIZE}
     (run_dir / "config.json").write_text(json.dumps(config, indent=1))
-    shutil.copy(__file__, run_dir)
     path = run_dir / "metrics.jsonl"
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= done] if done else []
     path.write_text("".join(line + "\n" for line in kept))
-    if args.tracker == "wandb":
-        import wandb
 
-        wandb.init(name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    if args.tracker != "none":
-        from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run_dir)
-
-    def log(iteration: int, metrics: dict[str, float]) -> None:
-        with path.open("a") as file:
+def log(run_dir: Path, iteration: int, metrics: dict[str, float]) -> None:
+    """Appends one iteration to metrics.jsonl (rank 0)."""
+    if RANK == 0:
+        with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
-        for name, value in metrics.items() if args.tracker != "none" else ():
-            writer.add_scalar(name, value, iteration)
-
-    return log
 
 
 # --------------------------------------------------------------------------------------------------------- distributed
-def all_reduce(tensors, op=dist.ReduceOp.SUM) -> None:
-    """Reduces each tensor over all processes, in place."""
+def all_reduce(tensors) -> None:
+    """Sums each tensor over all processes, in place."""
     for tensor in tensors if WORLD_SIZE > 1 else ():
-        dist.all_reduce(tensor, op)
-
-
-def mean_metrics(parts: list[tuple[dict, float]]) -> dict[str, float]:
-    """Sums metrics times share over all processes (shares add up to 1); maxima for keys in _max_dev."""
-    values = torch.stack([torch.stack([*metrics.values()]) for metrics, _ in parts])
-    mean, largest = torch.tensor([share for _, share in parts], device=values.device) @ values, values.amax(dim=0)
-    all_reduce([mean])
-    all_reduce([largest], dist.ReduceOp.MAX)
-    rows = zip(parts[0][0], mean.tolist(), largest.tolist(), strict=True)
-    return {name: high if name.endswith("_max_dev") else average for name, average, high in rows}
+        dist.all_reduce(tensor)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, args: Config, norms: list[float]) -> None:
     """One AdamW step on gradients summed over processes and clipped; skipped if their norm is not finite."""
     parameters = optimizer.param_groups[0]["params"]
-    for p in parameters:  # a process without prompts has none
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    all_reduce([p.grad for p in parameters])
+    all_reduce([p.grad for p in parameters if p.grad is not None])
     norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
     if math.isfinite(norms[-1]):
         optimizer.step()
@@ -687,21 +626,23 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args, device)
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
-    log = start_run(run_dir, args, done) if RANK == 0 else lambda *_: None
+    if RANK == 0:
+        start_run(run_dir, args, done)
     sigmas = sigma_grid(args.steps, args.shift).to(device)
-    coming = [line for i in range(done + 1, args.iterations + 1) for line in prompts_of(i, train_lines, args)]
-    model.encode([line["prompt"] for line in eval_lines + coming])
+    passes = range(-(-args.iterations * P // len(train_lines)))  # endless reshuffled passes over the prompt file
+    orders = [torch.randperm(len(train_lines), generator=generator_for(args.seed, i, "prompts")) for i in passes]
+    schedule = [train_lines[i] for i in torch.cat(orders).tolist()][: args.iterations * P]
+    model.encode([line["prompt"] for line in eval_lines + schedule[done * P :]])
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
     if done == 0:
-        log(0, before)
+        log(run_dir, 0, before)
     norms, stop = [], []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
 
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
-        prompts = prompts_of(iteration, train_lines, args)
-        lines = [prompts[slot] for slot, _ in samples]
+        lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
         clock = [time.perf_counter()]
         # >>> METHOD
         # ---- sample: one action per sample, its final latents (Alg. 1, lines 2-5)
@@ -718,21 +659,26 @@ def main(argv: list[str] | None = None) -> None:
         t, noise = (torch.cat(x).to(device) for x in zip(*pairs, strict=True))
         clock.append(time.perf_counter())
         # ---- reward (line 6)
-        rewards = {name: torch.zeros(P * G, device=device) for name in reward_fns}
-        for name, reward in compute_rewards(reward_fns, images, lines, args.micro_batch).items():
-            rewards[name][mine] = reward
-        all_reduce(rewards.values())
+        rewards = torch.zeros(len(reward_fns), P * G, device=device)
+        rewards[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
+        all_reduce([rewards])
         clock.append(time.perf_counter())
         # ---- advantage (lines 7-8)
-        adv, metrics = group_advantages(rewards, G, reward_weights, args.adv_std, None if args.soft_clip else 5.0)
+        clamp, rewards = None if args.soft_clip else 5.0, dict(zip(reward_fns, rewards, strict=True))
+        adv, metrics = group_advantages(rewards, G, reward_weights, args.adv_std, clamp)
         adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
         # ---- update (lines 9-13)
         step = partial(optimizer_step, optimizer, args, norms)
-        parts = update(model, lines, (x_0, t, noise, adv[mine]), minibatches, args, step)
+        terms = torch.zeros(4, args.update_epochs, P * G, device=device)
+        terms[..., mine] = update(model, lines, (x_0, t, noise, adv[mine]), minibatches, args, step)
+        all_reduce([terms])  # all samples of all processes, for the metrics
+        L_old, L_new, kl, ref_kl = terms.flatten(1)
+        controls = args.clip_range or None, kl, args.kl_beta, ref_kl, args.ref_kl_beta
+        metrics |= vgrpo_loss(L_new, L_old, adv.repeat(args.update_epochs), *controls)[1]
         clock.append(time.perf_counter())
         # <<< METHOD
         # ---- log
-        metrics = {name: value.item() for name, value in metrics.items()} | mean_metrics(parts)
+        metrics = {name: value.item() for name, value in metrics.items()}
         metrics |= {"optim/lr": args.lr, "optim/grad_norm": sum(norms[-gradient_steps:]) / gradient_steps}
         seconds = (end - start for start, end in zip(clock, clock[1:], strict=False))
         metrics |= dict(zip(("time/sample", "time/reward", "time/update"), seconds, strict=True))
@@ -741,7 +687,7 @@ def main(argv: list[str] | None = None) -> None:
         last = iteration == args.iterations or bool(stop)
         if iteration % args.eval_every == 0 or last:
             scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
-        log(iteration, metrics | (scores if iteration % args.eval_every == 0 or last else {}))
+        log(run_dir, iteration, metrics | (scores if iteration % args.eval_every == 0 or last else {}))
         bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", ratio=f"{metrics['policy/ratio_mean']:.4f}")
         if RANK == 0 and (iteration % args.save_every == 0 or last):
             save_checkpoint(run_dir, iteration, args, model, optimizer)
