@@ -161,15 +161,17 @@ def shapes_clauses(objects: list[tuple[str, str, float, float]], include: list[d
     """The yes/no questions a prompt asks of an image, from GenEval-style metadata.
 
     objects: one image's entry of `find_objects`.  include: [{"class", "color", "count", "position": [side, index]?}].
-    Questions: is the total number of objects right; for each entry, is there an object of its colour, one of its
-    shape, and exactly `count` with both; and does its position hold (on the axis on which the two are further apart)?
+    Questions: is the total number of objects right; are all their colours asked for, and all their shapes; for each
+    entry, are there exactly `count` with both; and does its position hold (on the axis on which they are further
+    apart)? No question is easier to satisfy with more objects: where one was ("is any object red?"), reinforcement
+    learning drew more of them.
     """
     clauses = [len(objects) == sum(item["count"] for item in include)]
+    for key, values in (("color", {c for c, *_ in objects}), ("class", {s for _, s, *_ in objects})):
+        clauses.append(bool(values) and values <= {item[key] for item in include})
     centres = []
     for item in include:
         same = [(x, y) for c, s, x, y in objects if (c, s) == (item["color"], item["class"])]
-        clauses.append(any(c == item["color"] for c, *_ in objects))
-        clauses.append(any(s == item["class"] for _, s, *_ in objects))
         clauses.append(len(same) == item["count"])
         centres.append([sum(axis) / len(same) for axis in zip(*same, strict=True)] if same else None)
     for here, item in zip(centres, include, strict=True):

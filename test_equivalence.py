@@ -818,7 +818,7 @@ def test_flux_trains_a_step(tmp_path):
 
 
 def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
-    for flags in ([], ["--full"]):
+    for flags in (["--full", "false"], ["--full"]):
         model = load("--model", "tiny", *flags)
         lines, x = (
             [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
@@ -837,7 +837,7 @@ def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
 
 def test_bf16_autocast_path_runs_and_is_close():
     """The CUDA dtype layout (bf16 transformer, fp32 LoRA, autocast) on the CPU, near the fp32 velocity."""
-    fp32, half = load("--model", "tiny"), load("--model", "tiny")
+    fp32, half = load("--full", "false"), load("--full", "false")
     for module in (half.transformer, half.pipe.text_encoder, half.pipe.text_encoder_2):
         for p in module.parameters():
             p.data = p.data if p.requires_grad else p.data.bfloat16()
@@ -851,7 +851,7 @@ def test_bf16_autocast_path_runs_and_is_close():
 
 
 SMALL = "--prompts_per_iter 2 --group_size 3 --micro_batch 4 --steps 4 --eval_steps 4 --eval_samples 1"
-SMALL += " --eval_every 2 --save_every 2"
+SMALL += " --eval_every 2 --save_every 2 --full false"
 
 
 def run(folder, *flags, **changes):

@@ -33,7 +33,6 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +90,7 @@ class RunConfig:
     resolution: int = flag(512, "image height and width, px")
     guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: its embedded guidance")
     max_sequence_length: int = flag(256, "T5 tokens of a prompt")
-    full: bool = flag(False, "train all transformer weights instead of LoRA")
+    full: bool = flag(False, "train all transformer weights; --full false: LoRA")
     lora_rank: int = flag(32, "LoRA rank")
     lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
@@ -132,8 +131,8 @@ MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "re
 PRESETS = {
     "tiny": dict(
         prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
-        reward="shapes=1", resolution=64, max_sequence_length=1, steps=10, eval_steps=10, prompts_per_iter=24,
-        group_size=12, micro_batch=96, iterations=25, lr=2e-3, ref_kl_beta=0.1, eval_every=5, eval_samples=4,
+        reward="shapes=1", resolution=64, max_sequence_length=1, full=True, steps=10, eval_steps=10, iterations=90,
+        prompts_per_iter=8, group_size=12, micro_batch=96, ref_kl_beta=0.1, eval_every=10, eval_samples=4,
     ),
     "sd3": dict(),
     "flux": dict(
@@ -203,7 +202,8 @@ class Model:
         if args.resolution % (2 * pipe.vae_scale_factor):
             fail(f"--resolution must be a multiple of {2 * pipe.vae_scale_factor} px (VAE times patch size).")
         self.latent_shape = (self.vae.config.latent_channels, side, side)
-        for module in (self.transformer, self.vae, pipe.text_encoder, pipe.text_encoder_2):
+        self.encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
+        for module in (self.transformer, self.vae, *self.encoders):
             module.requires_grad_(False)
         shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
         self.initial = copy.deepcopy(self.transformer, shared)  # for the reference KL; LoRA: no second set of weights
@@ -236,15 +236,14 @@ class Model:
         The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU.
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        encoders = [getattr(self.pipe, f"text_encoder{suffix}", None) for suffix in ("", "_2", "_3")] if new else []
-        for encoder in filter(None, encoders):
+        for encoder in self.encoders if new else ():
             encoder.to(self.device)
         options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
         options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
         for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF):
             out = self.pipe.encode_prompt(prompt, None, **options)
             self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
-        for encoder in filter(None, encoders):
+        for encoder in self.encoders if new else ():
             encoder.to("cpu")
         context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
@@ -520,10 +519,9 @@ def image_grid(images: torch.Tensor, captions: list[str]) -> Image.Image:
     side = min(256, max(128, images.shape[3]))
     grid = Image.new("RGB", (min(6, len(images)) * (side + 8), -(-len(images) // 6) * (side + 40)), "white")
     for i, pixels in enumerate(rearrange(images * 255, "n c h w -> n h w c").round().byte().cpu().numpy()):
-        x, y = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4
+        x, y, text = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4, textwrap.wrap(captions[i], side // 6)[:3]
         grid.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
-        text = "\n".join(textwrap.wrap(captions[i], side // 6)[:3])
-        ImageDraw.Draw(grid).text((x, y + side), text, "black", spacing=0)
+        ImageDraw.Draw(grid).text((x, y + side), "\n".join(text), "black", spacing=0)
     return grid
 
 
@@ -668,9 +666,9 @@ def main(argv: list[str] | None = None) -> None:
         adv, metrics = group_advantages(rewards, G, reward_weights, args.adv_std, clamp)
         adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
         # ---- update (lines 9-13)
-        step = partial(optimizer_step, optimizer, args, norms)
         terms = torch.zeros(4, args.update_epochs, P * G, device=device)
-        terms[..., mine] = update(model, lines, (x_0, t, noise, adv[mine]), minibatches, args, step)
+        data = x_0, t, noise, adv[mine]
+        terms[..., mine] = update(model, lines, data, minibatches, args, lambda: optimizer_step(optimizer, args, norms))
         all_reduce([terms])  # all samples of all processes, for the metrics
         L_old, L_new, kl, ref_kl = terms.flatten(1)
         controls = args.clip_range or None, kl, args.kl_beta, ref_kl, args.ref_kl_beta
