@@ -131,8 +131,8 @@ MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "re
 PRESETS = {
     "tiny": dict(
         prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
-        reward="shapes=1", resolution=64, max_sequence_length=1, full=True, steps=10, eval_steps=10, iterations=90,
-        prompts_per_iter=8, group_size=12, micro_batch=96, ref_kl_beta=0.1, eval_every=10, eval_samples=4,
+        reward="shapes=1", resolution=64, max_sequence_length=1, full=True, steps=10, eval_steps=10, iterations=50,
+        prompts_per_iter=16, group_size=12, micro_batch=96, lr=2e-4, ref_kl_beta=0.1, eval_every=10, eval_samples=4,
     ),
     "sd3": dict(),
     "flux": dict(
