@@ -589,6 +589,24 @@ def test_verifier_rejects_each_wrong_attribute(tag, what):
     assert (found > 0).float().mean() > 0.5, "credit is fractional"
 
 
+@pytest.mark.parametrize("tag", make.TAGS)
+def test_verifier_does_not_pay_for_extra_objects(tag):
+    """One more object of any colour and shape lowers the mean score, of right and of wrong images."""
+    rng, scenes = scenes_of(tag, 100)
+    for wrong in (0.0, 0.4):
+        drawn = [make.place(rng, make.corrupt(rng, scene, wrong)) for scene in scenes]
+        few = [(scene, d) for scene, d in zip(scenes, drawn, strict=True) if len(d) < 4]
+        kept, before = [scene for scene, _ in few], [d for _, d in few]
+        free = [
+            next(c for c in itertools.product((15.5, 47.5), repeat=2) if all(math.dist(c, o[2:4]) > 16 for o in d))
+            for d in before
+        ]
+        extra = [(rng.choice(list(make.PALETTE)), rng.choice(make.SHAPES), *c, 10.0) for c in free]
+        after = [[*d, e] for d, e in zip(before, extra, strict=True)]
+        plain, more = (score(torch.stack([make.draw(d) for d in ds]), kept).mean() for ds in (before, after))
+        assert more < plain - 0.05, (tag, wrong, plain, more)
+
+
 def test_verifier_on_empty_and_noise_images_and_without_metadata():
     scene = make.make_scene("single_object", [("red", "circle")])
     blank = (torch.tensor(make.GROUND) / 255).view(1, 3, 1, 1).expand(1, 3, 64, 64)
@@ -872,7 +890,7 @@ def test_resume_is_exact_and_independent_of_global_randomness(tmp_path, flags):
     whole = run(tmp_path / "whole", "--iterations", "4", *flags)
     run(tmp_path / "half", "--iterations", "2", *flags)
     torch.manual_seed(99)
-    resumed = run(tmp_path / "half", "--iterations", "4", "--resume", str(tmp_path / "half"))
+    resumed = run(tmp_path / "half", "--iterations", "4", "--resume", str(tmp_path / "half"), *flags)
     assert untimed(resumed) == untimed(whole) and [line["iteration"] for line in whole] == [0, 1, 2, 3, 4]
     files = ("weights.safetensors", "optimizer.safetensors")
     a, b = ([(tmp_path / k / "checkpoint" / f).read_bytes() for f in files] for k in ("whole", "half"))

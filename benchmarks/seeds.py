@@ -5,7 +5,7 @@
     python benchmarks/seeds.py --table                 # only prints the table of what benchmarks/results holds
     python benchmarks/seeds.py --figure                # draws before_after.png from the run of seed 0
 
-Two runs at a time, one thread each. Raw metrics go to benchmarks/results/CONFIGURATION-sSEED.jsonl.
+--jobs runs at a time, one thread each. Raw metrics go to benchmarks/results/CONFIGURATION-sSEED.jsonl.
 """
 
 import argparse
@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo 0-2")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
@@ -88,7 +89,7 @@ def main() -> None:
     if not args.table:
         (HERE / "results").mkdir(exist_ok=True)
         jobs = [(name, s) for name in args.only for s in args.seeds or range(3 if name == "naive_elbo" else 5)]
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(train, jobs))
     table()
 

@@ -1,0 +1,50 @@
+"""What training changed, per timestep and per sign of the advantage: prints one table per run folder.
+
+    python benchmarks/drift.py runs/seeds-default-s0 runs/seeds-no_ref_kl-s0
+
+Images come from the initial model, so every run is measured on the same ones. drift is mean (v - v_initial)^2; "good"
+and "bad" are the changes of the surrogate L, which is minus the log-likelihood, for images of positive and negative
+advantage: training should lower the one and raise the other. Runs of --full only.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import vgrpo  # noqa: E402
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--group_size", type=int, default=12)
+    options = parser.parse_args()
+    args = vgrpo.parse_args(["--full"])
+    model = vgrpo.load_model(args, torch.device("cpu"))
+    lines = vgrpo.load_prompts(args.prompts)[: options.prompts]
+    lines = [line for line in lines for _ in range(options.group_size)]
+    sigmas = vgrpo.sigma_grid(args.steps, args.shift)
+    initial, trained = model.velocity_fn(lines, initial=True), model.velocity_fn(lines)
+    x_0 = args.sample(initial, model.noise([("drift", i) for i in range(len(lines))]), sigmas)
+    reward_fns, weights = vgrpo.load_rewards(args.reward)
+    rewards = vgrpo.compute_rewards(reward_fns, model.decode(x_0), lines)
+    adv, _ = vgrpo.group_advantages(rewards, options.group_size, weights)
+    for run in options.runs:
+        model.transformer.load_state_dict(model.transformer.from_pretrained(run / "transformer").state_dict())
+        print(f"\n{run.name}\n\n| t | drift | good | bad |\n|---|---|---|---|")
+        for i, t in enumerate(sigmas[:-1].tolist()):
+            noise = model.noise([("drift noise", i, j) for j in range(len(lines))])[:, None]
+            times = torch.full((len(lines), 1), t)
+            (L_old, x0_old), (L_new, x0_new) = (vgrpo.surrogate(f, x_0, times, noise) for f in (initial, trained))
+            drift, change = ((x0_new - x0_old) / t).square().mean(), (L_new - L_old) / L_old
+            print(f"| {t:.2f} | {drift:.4f} | {change[adv > 0].mean():+.1%} | {change[adv < 0].mean():+.1%} |")
+
+
+if __name__ == "__main__":
+    main()
