@@ -240,7 +240,7 @@ class Model:
             encoder.to(self.device)
         options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
         options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
-        for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF):
+        for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF if new else True):
             out = self.pipe.encode_prompt(prompt, None, **options)
             self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
         for encoder in self.encoders if new else ():
