@@ -79,6 +79,9 @@ class MethodConfig:
     def sample(self, velocity_fn, x, sigmas):
         return ode_sample(velocity_fn, x, sigmas, self.solver)
 
+    def uses_initial_model(self) -> bool:
+        return self.ref_kl_beta > 0
+
 
 @dataclass
 class RunConfig:
@@ -148,7 +151,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     from transformers import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((RunConfig, MethodConfig), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser((RunConfig, MethodConfig), usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
     parser.error = lambda message: fail(f"{message}; see --help.")
     chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if chosen.resume:
@@ -206,7 +209,9 @@ class Model:
         for module in (self.transformer, self.vae, *self.encoders):
             module.requires_grad_(False)
         shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
-        self.initial = copy.deepcopy(self.transformer, shared)  # for the reference KL; LoRA: no second set of weights
+        # the model before training; under LoRA it shares the frozen weights, so it costs no memory
+        spare = args.full and not args.uses_initial_model()
+        self.initial = None if spare else copy.deepcopy(self.transformer, shared)
         if args.full:
             self.transformer.requires_grad_(True)
         else:
@@ -214,7 +219,7 @@ class Model:
         self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        for transformer in (self.transformer, self.initial) if args.compile else ():
+        for transformer in filter(None, (self.transformer, self.initial) if args.compile else ()):
             transformer.compile_repeated_blocks()
 
     def add_lora(self) -> None:
