@@ -851,6 +851,19 @@ def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
                 p.add_(0.02 * torch.randn(p.shape, generator=gen(p.numel())))
             assert (v(x, torch.tensor(0.7)) - before).abs().max() > 1e-3
             assert torch.equal(model.velocity_fn(lines, initial=True)(x, torch.tensor(0.7)), before)
+        own = {id(p) for p in model.transformer.parameters()}
+        shared = [id(p) in own for p in model.initial.parameters()]
+        assert not any(shared) if model.args.full else all(shared), "LoRA: one set of frozen weights; --full: a copy"
+    assert load("--full", "--ref_kl_beta", "0").initial is None, "no copy that nothing reads"
+
+
+@pytest.mark.parametrize("zeros", [1, 256])
+def test_pretraining_text_is_what_the_pipeline_encodes(zeros):
+    pipe, prompts = load().pipe, ["a red circle", "", "a cyan square to the left of a red triangle"]
+    context, pooled = make.encode_text(pipe, prompts, zeros)
+    expected = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=zeros)
+    close(context, expected[0], 1e-5, "context")
+    close(pooled, expected[2], 1e-5, "pooled")
 
 
 def test_bf16_autocast_path_runs_and_is_close():

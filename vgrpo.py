@@ -195,7 +195,7 @@ def generator_for(*draw: int | str) -> torch.Generator:
 
 # --------------------------------------------------------------------------------------------------------------- model
 class Model:
-    """A diffusers SD3 or FLUX pipeline as the method needs it: encode, velocity, decode, reference, weights."""
+    """A diffusers SD3 or FLUX pipeline as the method needs it: encode, velocity, decode, save, initial model."""
 
     def __init__(self, pipe, args: Config, device: torch.device):
         self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
@@ -277,7 +277,7 @@ class Model:
     def velocity_fn(self, lines: list[dict], initial: bool = False):
         """velocity_fn(x, t) -> v for these prompts: what the method's functions take. SD3: guided, if asked for."""
         cond, w = self.encode([line["prompt"] for line in lines]), self.args.guidance_scale
-        if w == 1 or self.is_flux:
+        if w <= 1 or self.is_flux:
             return lambda x, t: self.velocity(x, t, cond, initial)
         empty = self.encode([""])
         return lambda x, t: w * self.velocity(x, t, cond, initial) + (1 - w) * self.velocity(x, t, empty, initial)
