@@ -1,11 +1,8 @@
-"""V-GRPO: online RL for flow-matching image models, GRPO on an ELBO surrogate of the final sample's likelihood.
-
-Paper: "Online RL for Denoising Generative Models Is Easier than You Think", arXiv 2604.23380.
+"""V-GRPO (arXiv 2604.23380): online RL for flow-matching image models, GRPO on an ELBO surrogate of the likelihood.
 
   python vgrpo.py                                   trains the bundled 64 x 64 model, minutes on two CPU cores
   python vgrpo.py --model sd3                       SD3.5-Medium (or flux: FLUX.1-dev) on a CUDA GPU
   torchrun --nproc_per_node=8 vgrpo.py --model sd3  the same run, its prompts split over eight GPUs
-
 Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte-identical in pave_grpo.py.
   t, sigma     (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes from 1 to 0
   x_t, x_0     (B, C, H, W)   latents at time t and at the end ("o" in the paper): x_t = (1 - t) x_0 + t noise
@@ -15,13 +12,11 @@ Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte
   L_new, L_old (B,)           surrogates L(theta), L(theta_old): losses; log pi(x_0 | prompt) is their negative
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA; latents, surrogates, ratios and
 losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-likelihoods are means over latent dimensions, never
-sums. Every random number comes from `generator_for`; no global random state is read.
-Left out on purpose: SDE samplers (see pave_grpo.py), pipelines other than SD3 and FLUX.
-"""
+sums. Every random number comes from `generator_for`; no global random state is read. Left out on purpose: SDE samplers
+(see pave_grpo.py), pipelines other than SD3 and FLUX, weight averaging, learning-rate schedules, trackers."""
 
 import copy
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -36,12 +31,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from rewards import UserError, compute_rewards, fail, load_prompts, load_rewards
@@ -98,7 +92,6 @@ class RunConfig:
     lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformer block by block")
-
     iterations: int = flag(150, "iterations of sample, reward, advantage, update")
     prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
     group_size: int = flag(24, "G, images per prompt")
@@ -125,23 +118,18 @@ class Config(RunConfig, MethodConfig):
     """All flags. The defaults above hold unless PRESETS replaces them for the chosen --model."""
 
 
-MODEL_IDS = {
-    "tiny": str(ROOT / "tiny_sd3"), "sd3": "stabilityai/stable-diffusion-3.5-medium",
-    "flux": "black-forest-labs/FLUX.1-dev",
-}  # fmt: skip
+MODEL_IDS = {"sd3": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
+             "tiny": str(ROOT / "tiny_sd3")}  # fmt: skip
 PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta")
 PRESETS = {
-    "tiny": dict(
-        prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
-        reward="shapes=1", resolution=64, max_sequence_length=1, full=True, steps=10, eval_steps=10, iterations=50,
-        prompts_per_iter=16, group_size=12, micro_batch=96, lr=2e-4, ref_kl_beta=0.1, eval_every=10, eval_samples=4,
-    ),
+    "tiny": dict(prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
+                 reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=16, group_size=12,
+                 micro_batch=96, steps=10, eval_steps=10, eval_samples=4, iterations=50, lr=2e-4, ref_kl_beta=0.1),
     "sd3": dict(),
-    "flux": dict(
-        resolution=720, guidance_scale=3.5, max_sequence_length=512, lora_rank=64, lora_alpha=128, lr=1e-4, steps=16,
-        eval_steps=28, group_size=12, iterations=300, micro_batch=1, clip_range=1e-2, grad_checkpointing=True,
-    ),
+    "flux": dict(resolution=720, guidance_scale=3.5, max_sequence_length=512, iterations=300, group_size=12, steps=16,
+                 eval_steps=28, micro_batch=1, grad_checkpointing=True, lora_rank=64, lora_alpha=128, lr=1e-4,
+                 clip_range=1e-2),
 }  # fmt: skip
 
 
@@ -168,8 +156,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
             fail(f"--{name} is {value}; it must be positive.")
-    if args.group_size < 2 or args.prompts_per_iter % args.num_minibatches:
-        fail("--group_size must be at least 2, and --prompts_per_iter a multiple of --num_minibatches.")
+    if args.group_size < 2 or args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
+        fail("--group_size must be at least 2, --prompts_per_iter a multiple of --num_minibatches x processes.")
     return args
 
 
@@ -178,17 +166,13 @@ def sigma_grid(num_steps: int, shift: float) -> torch.Tensor:
     """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
     num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
-    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing.
-    """
+    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing."""
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
 def generator_for(*draw: int | str) -> torch.Generator:
-    """CPU generator of the draw with this name: (seed, iteration, purpose, prompt slot, sample), as far as it has them.
-
-    A hash and no state, so a draw depends neither on the process that makes it nor on what was drawn before.
-    """
+    """CPU generator of the draw (seed, iteration, purpose, prompt slot, sample): its seed is the hash of that name."""
     digest = hashlib.sha256(repr(draw).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -205,59 +189,45 @@ class Model:
         if args.resolution % (2 * pipe.vae_scale_factor):
             fail(f"--resolution must be a multiple of {2 * pipe.vae_scale_factor} px (VAE times patch size).")
         self.latent_shape = (self.vae.config.latent_channels, side, side)
-        self.encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
-        for module in (self.transformer, self.vae, *self.encoders):
-            module.requires_grad_(False)
+        self.encoders = torch.nn.ModuleList(e for name, e in pipe.components.items() if e and "text_encoder" in name)
         shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
-        # the model before training; under LoRA it shares the frozen weights, so it costs no memory
-        spare = args.full and not args.uses_initial_model()
-        self.initial = None if spare else copy.deepcopy(self.transformer, shared)
-        if args.full:
-            self.transformer.requires_grad_(True)
-        else:
-            self.add_lora()
+        # the model before training, if the method needs it; under LoRA it shares the frozen weights
+        self.initial = copy.deepcopy(self.transformer, shared) if args.uses_initial_model() else None
+        self.transformer.requires_grad_(args.full)
+        if not args.full:  # LoRA on the attention projections of both streams, in fp32: bf16 would round updates away
+            from peft import LoraConfig
+
+            layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+            config = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
+            with torch.random.fork_rng():  # peft draws from the global generator
+                torch.manual_seed(generator_for(args.seed, "lora").initial_seed())
+                self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
+            for p in filter(lambda p: p.requires_grad, self.transformer.parameters()):
+                p.data = p.data.float()
         self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         for transformer in filter(None, (self.transformer, self.initial) if args.compile else ()):
             transformer.compile_repeated_blocks()
 
-    def add_lora(self) -> None:
-        """Adds LoRA to the attention projections of both streams, in fp32: bf16 would round updates away."""
-        from peft import LoraConfig
-
-        layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-        config = dict(r=self.args.lora_rank, lora_alpha=self.args.lora_alpha, init_lora_weights="gaussian")
-        with torch.random.fork_rng():  # peft draws from the global generator
-            torch.manual_seed(generator_for(self.args.seed, "lora").initial_seed())
-            self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
-        for p in self.transformer.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Conditioning of B prompts: context (B, S, D) and pooled (B, E). Each distinct prompt is encoded once.
-
-        The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU.
-        """
+        The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        for encoder in self.encoders if new else ():
-            encoder.to(self.device)
+        self.encoders.to(self.device if new else "cpu")
         options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
         options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
         for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF if new else True):
             out = self.pipe.encode_prompt(prompt, None, **options)
             self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
-        for encoder in self.encoders if new else ():
-            encoder.to("cpu")
+        self.encoders.to("cpu")
         context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
         """v(x_t, t) of the model, or of the initial one; the transformer autocasts if its weights are bf16.
-
-        x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t.
-        """
+        x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
         transformer = self.initial if initial else self.transformer
         x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
         context, pooled = (repeat(c, "b ... -> (n b) ...", n=n) for c in cond)
@@ -267,9 +237,8 @@ class Model:
                 return transformer(x, timestep=1000 * t, **inputs)[0].to(x_t.dtype)
             h, w = x.shape[2] // 2, x.shape[3] // 2
             ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (0, row, column)
-            inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3)}
-            if transformer.config.guidance_embeds:
-                inputs["guidance"] = torch.full_like(t, self.args.guidance_scale)
+            guidance = torch.full_like(t, self.args.guidance_scale) if transformer.config.guidance_embeds else None
+            inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3), "guidance": guidance}
             tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
             v = transformer(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
             return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2).to(x_t.dtype)
@@ -297,10 +266,8 @@ class Model:
         if self.args.full:
             self.transformer.save_pretrained(folder / "transformer")
             return f'pipe.transformer = {type(self.transformer).__name__}.from_pretrained("{folder}/transformer")'
-        from peft.utils import get_peft_model_state_dict
-
         metadata = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them the scale is lost
-        layers = get_peft_model_state_dict(self.transformer)
+        layers = {name.replace(".default.", "."): p.detach() for name, p in self.trainable.items()}
         self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
         return f'pipe.load_lora_weights("{folder}")'
 
@@ -327,8 +294,7 @@ def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
     rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
     std: "group" or "global" (over all N), population std;  clamp: > 0, None = off
     Returns adv (N,), exactly 0 where a group's rewards are all equal, and the metrics of the rewards.
-    Deviation: the papers say only "normalise"; population std and 1e-4 are ours.
-    """
+    Deviation: the papers say only "normalise"; population std and 1e-4 are ours."""
     adv, metrics = 0.0, {}
     for name, reward in rewards.items():
         R = rearrange(reward, "(p g) -> p g", g=group_size)
@@ -349,8 +315,7 @@ def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
         euler:  x <- x + (t' - t) v
         dpm2:   x <- (t'/t) x + ((1 - t') - (t'/t) (1 - t)) D,   D = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
     h: step in log((1 - t) / t), infinite at t = 1 and t = 0: the first two steps and the last have D = x0_hat.
-    x: (B, C, H, W) noise;  sigmas: (T + 1,) from 1 to 0.  Returns x_0, like x.
-    """
+    x: (B, C, H, W) noise;  sigmas: (T + 1,) from 1 to 0.  Returns x_0, like x."""
     lam = torch.log1p(-sigmas) - torch.log(sigmas)
     x0_prev = None
     for i, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
@@ -368,13 +333,11 @@ def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
 
 def draw_pairs(sigmas, num_pairs, num_prompts, group_size, latent_shape, generator, stratified=True, group_shared=True):
     """Monte Carlo pairs (t_j, noise_j) of the surrogate.   [V-GRPO, section 3: group-shared, stratified]
-
     sigmas: (T + 1,) grid, its final 0 left out;  num_pairs: N, at most T if stratified;  latent_shape: (C, H, W)
     stratified: one uniform draw from each of N consecutive chunks of the grid, else N uniform draws from all of it
     group_shared: one set per prompt for all its samples, else one per sample
     Returns t (P G, N) in (0, 1] and noise (P G, N, C, H, W), prompt-major, on the CPU.
-    Deviation: the released code shares one set across the batch; ours is per prompt, as in the paper's text.
-    """
+    Deviation: the released code shares one set across the batch; ours is per prompt, as in the paper's text."""
     grid = sigmas[:-1].cpu()
     rows = num_prompts if group_shared else num_prompts * group_size
     chunks = grid.tensor_split(num_pairs) if stratified else [grid] * num_pairs
@@ -388,10 +351,9 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
     """ELBO surrogate L of final samples: log pi(x_0 | prompt) <- -L.   [V-GRPO, Eq. 14]
         z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v(z_t, t);  L = mean_j l(t_j, noise_j)
         adaptive: l = mean_d (x0_hat - x_0)^2 / stopgrad(mean_d |x0_hat - x_0|)
-        x, v, eps: l = mean_d (s (v - (noise - x_0)))^2 with s = t, 1, 1 - t, the MSE of that prediction
+        x, v, eps: l = mean_d (s (v - (noise - x_0)))^2 with s = t, 1, 1 - t: the MSE of that prediction
     x_0: (B, C, H, W);  t: (B, N) in (0, 1];  noise: (B, N, C, H, W).  Returns L (B,), x0_hat (B, N, C, H, W).
-    Deviation: means where the paper prints norms (as the released code does); the denominator is at least 1e-5.
-    """
+    Deviation: means where the paper prints norms (as the released code does); the denominator is at least 1e-5."""
     assert noise.shape == (*t.shape, *x_0.shape[1:]) and len(t) == len(x_0), "x_0 (B, ...), t (B, N), noise (B, N, ...)"
     losses, x0_hats = [], []
     for j in range(t.shape[1]):
@@ -399,12 +361,10 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
         z_t = (1 - t_j) * x_0 + t_j * noise[:, j]
         v = velocity_fn(z_t, t[:, j])
         x0_hats.append(z_t - t_j * v)
-        if weighting == "adaptive":
-            error = (x0_hats[-1] - x_0).flatten(1)
-            losses.append(error.square().mean(dim=1) / error.abs().mean(dim=1).clamp_min(1e-5).detach())
-        else:
-            scale = {"x": t_j, "v": 1.0, "eps": 1 - t_j}[weighting]
-            losses.append((scale * (v - (noise[:, j] - x_0))).flatten(1).square().mean(dim=1))
+        v_error, x_error = v - (noise[:, j] - x_0), x0_hats[-1] - x_0
+        error = {"v": v_error, "eps": (1 - t_j) * v_error}.get(weighting, x_error).flatten(1)
+        normaliser = error.abs().mean(dim=1).clamp_min(1e-5).detach() if weighting == "adaptive" else 1.0
+        losses.append(error.square().mean(dim=1) / normaliser)
     return torch.stack(losses).mean(dim=0), torch.stack(x0_hats, dim=1)
 
 
@@ -419,8 +379,7 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=
         loss = -mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)) + beta mean(D) + beta_ref mean(D_ref)
     L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps > 0, None = no clip
     kl, ref_kl: (B,) D to the behaviour policy (x-space) and to the initial model (v-space);  None = 0
-    Returns loss () and detached metrics.  Deviation: the last term is ours, off at ref_kl_beta = 0.
-    """
+    Returns loss () and detached metrics.  Deviation: the last term is ours, off at ref_kl_beta = 0."""
     ratio = torch.exp(L_old - L_new)
     eps = math.inf if clip_range is None else clip_range
     bounded = ratio.clamp(1 - eps, 1 + eps) * adv
@@ -435,19 +394,20 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=
     return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
 
 
-def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, L_now=None, old=None):
+def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, old=None):
     """Adds the gradient of share * vgrpo_loss to the weights, one pair at a time: memory is that of N = 1.
-
     L is a mean over pairs inside exp, so the chain rule is split: dloss/dL follows from the value of L alone and
     weighs each pair's gradient. Exactly loss.backward() over all pairs.
     velocity_fn, initial_fn: of the model and of the initial one;  x_0, t, noise, adv: as above
-    L_now: L (B,) of theta, old: L (B,) and x0_hat (B, N, C, H, W) of theta_old, both None when theta = theta_old,
-    where ratio = 1 and D = 0 whatever L is.  Returns L_old, L_new, D, D_ref as (4, B).
-    """
-    clip_range, N = args.clip_range or None, t.shape[1]
-    L_at = (torch.zeros_like(adv) if old is None else L_now).clone().requires_grad_()
-    (slope,) = torch.autograd.grad(vgrpo_loss(L_at, L_at.detach() if old is None else old[0], adv, clip_range)[0], L_at)
-    values = adv.new_zeros(3, len(adv))  # L_new, D, D_ref
+    old: L (B,) and x0_hat (B, N, C, H, W) of theta_old; None = it is theta: ratio = 1 and D = 0 whatever L is
+    Returns L_old, L_new, D, D_ref as (4, B)."""
+    L_now, L_old = adv.new_zeros(2, len(adv))
+    if old is not None:
+        with torch.no_grad():
+            L_now, L_old = surrogate(velocity_fn, x_0, t, noise, args.weighting)[0], old[0]
+    L_now.requires_grad_()
+    (slope,) = torch.autograd.grad(vgrpo_loss(L_now, L_old, adv, args.clip_range or None)[0], L_now)
+    N, values = t.shape[1], adv.new_zeros(3, len(adv))  # L_new, D, D_ref
     for j in range(N):
         t_j, noise_j = t[:, j : j + 1], noise[:, j : j + 1]
         L, x0_hat = surrogate(velocity_fn, x_0, t_j, noise_j, args.weighting)
@@ -461,33 +421,26 @@ def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, L_n
         objective = slope @ L + args.kl_beta * kl.mean() + args.ref_kl_beta * ref_kl.mean()
         (share / N * objective).backward()
         values += torch.stack([L, kl, ref_kl]).detach() / N
-    return torch.stack([values[0] if old is None else old[0], *values])
+    return torch.stack([values[0] if old is None else L_old, *values])
 
 
 def update(model, lines, data, minibatches, args, optimizer_step):
     """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [V-GRPO, Alg. 1, lines 9-13]
-
-    lines: prompts of this process's n samples;  data: their x_0, t, noise, adv;  minibatches: lists of micro-batches of
-    sample indices, the same in every pass and for theta_old, so that the first ratio is 1 to the last bit.
-    Returns L_old, L, D, D_ref of every sample in every pass, (4, update_epochs, n).
-    """
-
-    @torch.no_grad()
-    def values(part):
-        velocity_fn = model.velocity_fn([lines[i] for i in part])
-        L, x0_hat = surrogate(velocity_fn, *(x[part] for x in data[:3]), args.weighting)
-        return L, x0_hat if args.kl_beta else None
-
-    steps = [minibatch for _ in range(args.update_epochs) for minibatch in minibatches]
-    old = {part[0]: values(part) for minibatch in minibatches for part in minibatch} if len(steps) > 1 else {}
+    lines: prompts of this process's n samples;  data: their x_0, t, noise, adv;  minibatches: lists of micro-batches,
+    slices of the samples, the same in every pass and for theta_old, so that the first ratio is 1 to the last bit
+    Returns L_old, L, D, D_ref of every sample in every pass, (4, update_epochs, n)."""
+    old, steps = {}, minibatches * args.update_epochs
+    for part in [part for minibatch in minibatches for part in minibatch] if len(steps) > 1 else ():
+        with torch.no_grad():
+            L, x0_hat = surrogate(model.velocity_fn(lines[part]), *(x[part] for x in data[:3]), args.weighting)
+        old[part.start] = L, x0_hat if args.kl_beta else None
     total = args.prompts_per_iter * args.group_size / args.num_minibatches
     terms = data[0].new_zeros(4, args.update_epochs, len(lines))
     for step, minibatch in enumerate(steps):
         for part in minibatch:
-            prompts = [lines[i] for i in part]
-            theta = (values(part)[0], old[part[0]]) if step else ()
-            fns = model.velocity_fn(prompts), model.velocity_fn(prompts, initial=True)
-            result = backward_pairs(*fns, *(x[part] for x in data), args, len(part) / total, *theta)
+            fns = model.velocity_fn(lines[part]), model.velocity_fn(lines[part], initial=True)
+            inputs, theta_old = (x[part] for x in data), old[part.start] if step else None
+            result = backward_pairs(*fns, *inputs, args, len(lines[part]) / total, theta_old)
             terms[:, step // args.num_minibatches, part] = result
         optimizer_step()
     return terms
@@ -497,24 +450,20 @@ def update(model, lines, data, minibatches, args, optimizer_step):
 @torch.no_grad()
 def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, path: Path) -> dict[str, float]:
     """Mean rewards of eval_samples images per prompt, from noise that is the same in every evaluation of every run.
-
-    The first image of each of the first twelve prompts goes to a captioned grid at `path`.
-    """
-    samples = [(p, s) for s in range(args.eval_samples) for p in range(len(lines))]
+    The first image of each of the first twelve prompts goes to a captioned grid at `path`."""
+    samples, B = [(p, s) for s in range(args.eval_samples) for p in range(len(lines))], args.micro_batch
     scores = torch.zeros(len(reward_fns), len(samples), device=model.device)
     shown = torch.zeros(min(12, len(lines)), 3, args.resolution, args.resolution, device=model.device)
     sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
-    starts = range(RANK * args.micro_batch, len(samples), args.micro_batch * WORLD_SIZE)
-    for start in tqdm(starts, "evaluate", leave=False, disable=BAR_OFF):
-        part = slice(start, start + args.micro_batch)
+    for start in tqdm(range(RANK * B, len(samples), WORLD_SIZE * B), "evaluate", leave=False, disable=BAR_OFF):
+        part = slice(start, start + B)
         batch = [lines[p] for p, _ in samples[part]]
         noise = model.noise([("eval", *sample) for sample in samples[part]])
         images = model.decode(args.sample(model.velocity_fn(batch), noise, sigmas))
-        scores[:, part] = torch.stack([*compute_rewards(reward_fns, images, batch, args.micro_batch).values()])
+        scores[:, part] = torch.stack([*compute_rewards(reward_fns, images, batch, B).values()])
         shown[part] = images[: len(shown[part])]
     all_reduce([scores, shown])
     if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(shown, [line["prompt"] for line in lines]).save(path)
     return {f"eval/{name}": score.item() for name, score in zip(reward_fns, scores.mean(dim=1), strict=True)}
 
@@ -537,8 +486,8 @@ def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, o
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     moments = {f"{n}.{key}": x for n, p in model.trainable.items() for key, x in optimizer.state[p].items()}
-    save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
-    save_file(moments, tmp / "optimizer.safetensors")
+    safetensors.torch.save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
+    safetensors.torch.save_file(moments, tmp / "optimizer.safetensors")
     (tmp / "state.json").write_text(json.dumps({"iteration": iteration, "config": asdict(args)}))
     os.sync()  # on disk before it gets its name
     if final.exists():
@@ -552,8 +501,8 @@ def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int
     folder = run_dir / ("checkpoint" if (run_dir / "checkpoint").exists() else "checkpoint.prev")
     try:
         state = json.loads((folder / "state.json").read_text())
-        weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
-    except (OSError, ValueError, SafetensorError) as error:
+        weights, moments = (safetensors.torch.load_file(folder / f"{x}.safetensors") for x in ("weights", "optimizer"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         fail(f"--resume: {folder} is missing or damaged ({error}); checkpoint.prev is the one before.")
     if {n: p.shape for n, p in model.trainable.items()} != {n: p.shape for n, p in weights.items()}:
         changed = [name for name, value in state["config"].items() if value != getattr(args, name, None)]
@@ -563,26 +512,6 @@ def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
         optimizer.state[p] = {k: moments[f"{name}.{k}"].to("cpu" if k == "step" else p.device) for k in keys}
     return state["iteration"]
-
-
-def start_run(run_dir: Path, args: Config, done: int) -> None:
-    """Makes the run folder with config.json, a copy of the script, and the lines of metrics.jsonl up to `done`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copy(__file__, run_dir)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    config = {"config": asdict(args), "versions": versions, "git": git, "world_size": WORLD_SIZE}
-    (run_dir / "config.json").write_text(json.dumps(config, indent=1))
-    path = run_dir / "metrics.jsonl"
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= done] if done else []
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def log(run_dir: Path, iteration: int, metrics: dict[str, float]) -> None:
-    """Appends one iteration to metrics.jsonl (rank 0)."""
-    if RANK == 0:
-        with (run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------- distributed
@@ -616,13 +545,12 @@ def main(argv: list[str] | None = None) -> None:
     P, G, gradient_steps = args.prompts_per_iter, args.group_size, args.update_epochs * args.num_minibatches
     samples = [(slot, i) for slot in range(RANK, P, WORLD_SIZE) for i in range(G)]  # whole groups of this process
     mine = torch.tensor([slot * G + i for slot, i in samples])
-    minibatch_of = mine // G * args.num_minibatches // P
-    minibatches = [torch.nonzero(minibatch_of == m).flatten() for m in range(args.num_minibatches)]
-    minibatches = [[part.tolist() for part in m.split(args.micro_batch) if len(part)] for m in minibatches]
+    n, B = len(samples) // args.num_minibatches, args.micro_batch  # samples of a minibatch and of a micro-batch
+    minibatches = [[slice(i, min(i + B, m + n)) for i in range(m, m + n, B)] for m in range(0, len(samples), n)]
     sampling, updating = args.network_evaluations()
     if RANK == 0:
-        print(f"{Path(__file__).stem} {args.model}: {args.iterations} iterations of {P} prompts x {G} images,")
-        print(f"  {sum(map(len, minibatches))} micro-batches per process, {gradient_steps} gradient step(s), network "
+        print(f"{Path(__file__).stem} {args.model}: {args.iterations} iterations of {P} prompts x {G} images, in "
+              f"{sum(map(len, minibatches))} micro-batches per process and {gradient_steps} gradient step(s); network "
               f"evaluations: {P * G * sampling:,} to sample, {P * G * updating:,} to update", flush=True)  # fmt: skip
     name = f"runs/{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or name)
@@ -630,19 +558,27 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
     if RANK == 0:
-        start_run(run_dir, args, done)
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        shutil.copy(__file__, run_dir)
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        config = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
+        (run_dir / "config.json").write_text(json.dumps(config, indent=1))
+    log_path = run_dir / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
+    if done and RANK == 0:  # drop what is newer than the checkpoint; one line an iteration, from 0
+        os.truncate(log_path, sum(map(len, log_path.read_bytes().splitlines(keepends=True)[: done + 1])))
+    log = log_path.open("a" if done else "w", buffering=1)
     sigmas = sigma_grid(args.steps, args.shift).to(device)
     passes = range(-(-args.iterations * P // len(train_lines)))  # endless reshuffled passes over the prompt file
     orders = [torch.randperm(len(train_lines), generator=generator_for(args.seed, i, "prompts")) for i in passes]
     schedule = [train_lines[i] for i in torch.cat(orders).tolist()][: args.iterations * P]
     model.encode([line["prompt"] for line in eval_lines + schedule[done * P :]])
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
-    if done == 0:
-        log(run_dir, 0, before)
+    if not done:
+        print(json.dumps({"iteration": 0} | before), file=log)
     norms, stop = [], []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
-
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
         lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
@@ -652,9 +588,9 @@ def main(argv: list[str] | None = None) -> None:
         x_0 = torch.empty(len(mine), *model.latent_shape, device=device)
         images = torch.empty(len(mine), 3, args.resolution, args.resolution, device=device)
         for part in tqdm([part for m in minibatches for part in m], "sample", leave=False, disable=BAR_OFF):
-            noise = model.noise([(args.seed, iteration, "noise", *samples[i]) for i in part])
+            noise = model.noise([(args.seed, iteration, "noise", *sample) for sample in samples[part]])
             with torch.no_grad():
-                x_0[part] = args.sample(model.velocity_fn([lines[i] for i in part]), noise, sigmas)
+                x_0[part] = args.sample(model.velocity_fn(lines[part]), noise, sigmas)
             images[part] = model.decode(x_0[part])
         kind = {"stratified": args.stratified, "group_shared": args.group_shared_pairs}
         draws = [generator_for(args.seed, iteration, "pairs", slot) for slot in range(RANK, P, WORLD_SIZE)]
@@ -683,14 +619,14 @@ def main(argv: list[str] | None = None) -> None:
         # ---- log
         metrics = {name: value.item() for name, value in metrics.items()}
         metrics |= {"optim/lr": args.lr, "optim/grad_norm": sum(norms[-gradient_steps:]) / gradient_steps}
-        seconds = (end - start for start, end in zip(clock, clock[1:], strict=False))
-        metrics |= dict(zip(("time/sample", "time/reward", "time/update"), seconds, strict=True))
+        metrics |= {f"time/{stage}": clock[i + 1] - clock[i] for i, stage in enumerate(("sample", "reward", "update"))}
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
         last = iteration == args.iterations or bool(stop)
         if iteration % args.eval_every == 0 or last:
             scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
-        log(run_dir, iteration, metrics | (scores if iteration % args.eval_every == 0 or last else {}))
+            metrics |= scores
+        print(json.dumps({"iteration": iteration} | metrics), file=log)
         bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", ratio=f"{metrics['policy/ratio_mean']:.4f}")
         if RANK == 0 and (iteration % args.save_every == 0 or last):
             save_checkpoint(run_dir, iteration, args, model, optimizer)
@@ -704,17 +640,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
 
 
-def cli() -> None:
-    """main, with a user's mistakes as one sentence on stderr and exit code 2."""
-    try:
-        return main()
-    except torch.OutOfMemoryError:
-        message = "the GPU is out of memory; a smaller --micro_batch or --resolution, or --grad_checkpointing, helps."
-    except (UserError, OSError) as error:
-        message = str(error).strip().split("\n")[0]
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    cli()
+    try:
+        main()
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake: one sentence, exit code 2
+        message, memory = str(error).strip().split("\n")[0], isinstance(error, torch.OutOfMemoryError)
+        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else ""
+        print(f"error: {message}{mend}", file=sys.stderr)
+        sys.exit(2)
