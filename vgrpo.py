@@ -12,8 +12,7 @@ Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte
   L_new, L_old (B,)           surrogates L(theta), L(theta_old): losses; log pi(x_0 | prompt) is their negative
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA; latents, surrogates, ratios and
 losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-likelihoods are means over latent dimensions, never
-sums. Every random number comes from `generator_for`; no global random state is read. Left out on purpose: SDE samplers
-(see pave_grpo.py), pipelines other than SD3 and FLUX, weight averaging, learning-rate schedules, trackers."""
+sums. All randomness comes from `generator_for`. Left out: SDE samplers (pave_grpo.py), pipelines but SD3 and FLUX."""
 
 import copy
 import hashlib
@@ -63,12 +62,13 @@ class MethodConfig:
     kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, mean squared x0_hat difference")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, mean squared v difference")
 
-    def network_evaluations(self) -> tuple[int, int]:
-        """Per image: to sample, to update (forwards without and with gradient, and of the initial model)."""
+    def sizes(self) -> tuple[int, int, int, float, float]:
+        """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
         if self.num_pairs > self.steps:
             fail(f"--num_pairs {self.num_pairs} is more than the --steps {self.steps} it draws timesteps from.")
         off_policy = self.update_epochs if self.update_epochs * self.num_minibatches > 1 else 0
-        return self.steps, self.num_pairs * (self.update_epochs * (1 + (self.ref_kl_beta > 0)) + off_policy)
+        updating = self.num_pairs * (self.update_epochs * (1 + (self.ref_kl_beta > 0)) + off_policy)
+        return self.group_size, self.group_size, self.micro_batch, self.steps, updating
 
     def sample(self, velocity_fn, x, sigmas):
         return ode_sample(velocity_fn, x, sigmas, self.solver)
@@ -542,12 +542,12 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("nccl" if cuda else "gloo")
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     reward_fns, reward_weights = load_rewards(args.reward)
-    P, G, gradient_steps = args.prompts_per_iter, args.group_size, args.update_epochs * args.num_minibatches
+    P, gradient_steps = args.prompts_per_iter, args.update_epochs * args.num_minibatches
+    G, rows, B, sampling, updating = args.sizes()
     samples = [(slot, i) for slot in range(RANK, P, WORLD_SIZE) for i in range(G)]  # whole groups of this process
-    mine = torch.tensor([slot * G + i for slot, i in samples])
-    n, B = len(samples) // args.num_minibatches, args.micro_batch  # samples of a minibatch and of a micro-batch
-    minibatches = [[slice(i, min(i + B, m + n)) for i in range(m, m + n, B)] for m in range(0, len(samples), n)]
-    sampling, updating = args.network_evaluations()
+    mine = [slot * G + i for slot, i in samples]  # their places among all
+    n, m = rows * P // WORLD_SIZE, rows * P // WORLD_SIZE // args.num_minibatches  # latents: of all, of one minibatch
+    minibatches = [[slice(i, min(i + B, end)) for i in range(end - m, end, B)] for end in range(m, n + 1, m)]
     if RANK == 0:
         print(f"{Path(__file__).stem} {args.model}: {args.iterations} iterations of {P} prompts x {G} images, in "
               f"{sum(map(len, minibatches))} micro-batches per process and {gradient_steps} gradient step(s); network "
@@ -585,8 +585,8 @@ def main(argv: list[str] | None = None) -> None:
         clock = [time.perf_counter()]
         # >>> METHOD
         # ---- sample: one action per sample, its final latents (Alg. 1, lines 2-5)
-        x_0 = torch.empty(len(mine), *model.latent_shape, device=device)
-        images = torch.empty(len(mine), 3, args.resolution, args.resolution, device=device)
+        x_0 = torch.empty(len(samples), *model.latent_shape, device=device)
+        images = torch.empty(len(samples), 3, args.resolution, args.resolution, device=device)
         for part in tqdm([part for m in minibatches for part in m], "sample", leave=False, disable=BAR_OFF):
             noise = model.noise([(args.seed, iteration, "noise", *sample) for sample in samples[part]])
             with torch.no_grad():
@@ -604,11 +604,11 @@ def main(argv: list[str] | None = None) -> None:
         clock.append(time.perf_counter())
         # ---- advantage (lines 7-8)
         clamp, rewards = None if args.soft_clip else 5.0, dict(zip(reward_fns, rewards, strict=True))
-        adv, metrics = group_advantages(rewards, G, reward_weights, args.adv_std, clamp)
+        adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std, clamp)
         adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
         # ---- update (lines 9-13)
-        terms = torch.zeros(4, args.update_epochs, P * G, device=device)
         data = x_0, t, noise, adv[mine]
+        terms = torch.zeros(4, args.update_epochs, P * G, device=device)
         terms[..., mine] = update(model, lines, data, minibatches, args, lambda: optimizer_step(optimizer, args, norms))
         all_reduce([terms])  # all samples of all processes, for the metrics
         L_old, L_new, kl, ref_kl = terms.flatten(1)
