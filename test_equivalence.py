@@ -7,6 +7,8 @@ Oracles are naive float64 loops, closed forms, torch.distributions and diffusers
 Checks that guard a formula are functions of the implementation; mutation tests hand them broken ones.
 """
 
+import ast
+import difflib
 import importlib.util
 import inspect
 import itertools
@@ -26,10 +28,13 @@ import numpy as np
 import pytest
 import torch
 
+import pave_grpo
 import rewards
 import vgrpo
 
 ROOT = Path(__file__).resolve().parent
+SCRIPTS = [vgrpo, pave_grpo]
+both = pytest.mark.parametrize("script", SCRIPTS)
 TINY = ROOT / "tiny_sd3"
 F64 = torch.float64
 SHAPE = (2, 4, 4)
@@ -49,7 +54,7 @@ def randn(*shape, seed=0):
 
 def close(actual, expected, tolerance, what):
     """Asserts max |actual - expected| <= tolerance and prints it."""
-    error = (torch.as_tensor(actual) - torch.as_tensor(expected)).abs().max().item()
+    error = (torch.as_tensor(actual, dtype=F64) - torch.as_tensor(expected, dtype=F64)).abs().max().item()
     print(f"{what}: largest error {error:.1e} (tolerance {tolerance:.0e})")
     assert error <= tolerance, f"{what}: {error} > {tolerance}"
 
@@ -534,6 +539,438 @@ def test_mutations_of_the_update_are_caught(old, new):
         check_update(mutant(vgrpo.backward_pairs, old, new), kl_beta=0.5, ref_kl_beta=0.3, clip_range=0.05)
 
 
+# ------------------------------------------------------------------------------------------------------------ Pave-GRPO
+
+
+class Curved(Linear):
+    """A velocity that is not linear in x: tanh(W x) + t b per pixel."""
+
+    def velocity_fn(self, lines=None, initial=False):
+        W, b = self.initial if initial else self.parameters
+
+        def velocity(x, t):
+            field = torch.tanh(torch.einsum("ij,bjhw->bihw", W, x))
+            return field + t.expand(len(x)).view(-1, 1, 1, 1) * b.view(1, -1, 1, 1)
+
+        return velocity
+
+
+GRID = pave_grpo.sigma_grid(6, 3.0).double()
+
+
+def naive_step(x, v, s, s_next, eta, s_1, kind):
+    """One step of one sample in another form: flow as the drift of its SDE, cps by its two predictions."""
+    s, s_next, dt = float(s), float(s_next), float(s_next) - float(s)
+    if kind == "flow":
+        g2 = eta**2 * s / (1 - (float(s_1) if s == 1 else s))
+        return x + (v + g2 / (2 * s) * (x + (1 - s) * v)) * dt, math.sqrt(g2 * -dt)
+    std = s_next * math.sin(eta * math.pi / 2)
+    return (1 - s_next) * (x - s * v) + math.sqrt(s_next**2 - std**2) * (x + (1 - s) * v), std
+
+
+def naive_transition(velocity, x, k, i, eta, kind):
+    """mean and std of the k-step transition i of the samples of x, one by one, sub-step by sub-step."""
+    means, h = [], (GRID[i + 1] - GRID[i]) / k
+    for y in x:
+        for j in range(k - 1):
+            y = y + h * velocity(y[None], GRID[i] + j * h)[0]
+        s = GRID[i] + (k - 1) * h
+        mean, std = naive_step(y, velocity(y[None], s)[0], s, GRID[i + 1], eta, GRID[1], kind)
+        means.append(mean)
+    return torch.stack(means), std
+
+
+def check_sde_step(sde_step):
+    for kind, i in itertools.product(("flow", "cps"), range(5)):
+        x, v = randn(3, *SHAPE, seed=i), randn(3, *SHAPE, seed=i + 9)
+        expected, expected_std = naive_step(x, v, GRID[i], GRID[i + 1], 0.8, GRID[1], kind)
+        mean, std = sde_step(x, v, GRID[i], GRID[i + 1], 0.8, GRID[1], kind)
+        close(mean, expected, 1e-12, f"mean of the {kind} step {i}")
+        close(std, expected_std, 1e-12, "its std")
+
+
+def check_logp(gaussian_logp):
+    x, mean, std = randn(3, *SHAPE), randn(3, *SHAPE, seed=1), torch.tensor(0.3, dtype=F64)
+    expected = torch.distributions.Normal(mean, std).log_prob(x).flatten(1).mean(dim=1)
+    close(gaussian_logp(x, mean, std), expected, 1e-12, "log-density")
+
+
+def check_transitions(decomposed_transitions):
+    """Batched over k, values and gradients equal sub-step by sub-step loops."""
+    weights = randn(5, *SHAPE, seed=4)
+    for kind, splits, i in itertools.product(("flow", "cps"), ((), (2,), (2, 3), (4, 2)), (0, 2)):
+        model, x = Curved(), randn(3, *SHAPE)
+        found = decomposed_transitions(model.velocity_fn(), x, *GRID[i : i + 2], splits, 0.7, GRID[1], kind)
+        sum((mean * w).sum() for (mean, _), w in zip(found, weights, strict=False)).backward()
+        gradient = model.grads()
+        expected = [naive_transition(model.velocity_fn(), x, k, i, 0.7, kind) for k in (1, *splits)]
+        sum((mean * w).sum() for (mean, _), w in zip(expected, weights, strict=False)).backward()
+        for (mean, std), (mean_k, std_k), k in zip(found, expected, (1, *splits), strict=True):
+            close(mean, mean_k, 1e-12, f"{kind} mean of k = {k}")
+            close(std, std_k, 1e-12, "its std")
+        close(gradient, model.grads(), 1e-11, f"gradient through all evaluations, S = {splits}")
+
+
+def test_maths_sde_step_equals_its_sde():
+    check_sde_step(pave_grpo.sde_step)
+
+
+def test_maths_logp_equals_torch_distributions():
+    check_logp(pave_grpo.gaussian_logp)
+
+
+def test_maths_transitions_equal_naive_loops():
+    check_transitions(pave_grpo.decomposed_transitions)
+
+
+def test_maths_constant_velocity_telescopes():
+    """The ODE part is x_t + (k - 1) h v; with cps mean and std do not depend on k at all."""
+    v, x = randn(*SHAPE, seed=3), randn(2, *SHAPE)
+    for i, k in itertools.product(range(5), (2, 3, 7)):
+        found = pave_grpo.decomposed_transitions(
+            lambda x, t: v.expand_as(x), x, *GRID[i : i + 2], (k,), 0.6, GRID[1], "cps"
+        )
+        close(found[1][0], found[0][0], 1e-12, f"cps mean of k = {k}")
+        close(found[1][1], found[0][1], 1e-12, "cps std")
+        h = (GRID[i + 1] - GRID[i]) / k
+        flow = pave_grpo.decomposed_transitions(lambda x, t: v.expand_as(x), x, *GRID[i : i + 2], (k,), 0.6, GRID[1])
+        expected, _ = naive_step(x + (k - 1) * h * v, v, GRID[i] + (k - 1) * h, GRID[i + 1], 0.6, GRID[1], "flow")
+        close(flow[1][0], expected, 1e-12, "flow mean")
+
+
+@pytest.mark.parametrize("kind", ["flow", "cps"])
+def test_maths_without_noise_means_are_euler_solutions_of_first_order(kind):
+    """eta -> 0: the mean is k Euler steps, (I + h B)^k x for v = B x; k -> inf: the exact flow."""
+    B, x = 0.5 * randn(SHAPE[0], SHAPE[0]), randn(2, *SHAPE)
+    apply = lambda A, x: torch.einsum("ij,bjhw->bihw", A, x)  # noqa: E731
+    dt, errors = (GRID[3] - GRID[2]).item(), []
+    for k in (16, 32):
+        found = pave_grpo.decomposed_transitions(lambda x, t: apply(B, x), x, *GRID[2:4], (k,), 1e-7, GRID[1], kind)
+        product = torch.linalg.matrix_power(torch.eye(len(B), dtype=F64) + dt / k * B, k)
+        close(found[1][0], apply(product, x), 1e-6, f"{k} Euler steps")
+        errors.append((found[1][0] - apply(torch.matrix_exp(dt * B), x)).abs().max().item())
+    assert 1.8 < errors[0] / errors[1] < 2.2, errors
+
+
+def test_maths_gradient_is_the_product_rule_and_the_average_velocity_reaches_y():
+    """For v = B x, k = 3, cps with known coefficients: d mean / dB by the product rule over all three evaluations."""
+    B, x, k, eta = (0.5 * randn(SHAPE[0], SHAPE[0])).requires_grad_(), randn(1, *SHAPE), 3, 0.5
+    (sigma, sigma_next), weight, seen = GRID[2:4], randn(1, *SHAPE, seed=5), []
+
+    def velocity(x, t):
+        seen.append(x)
+        return torch.einsum("ij,bjhw->bihw", B, x)
+
+    mean, std = pave_grpo.decomposed_transitions(velocity, x, sigma, sigma_next, (k,), eta, GRID[1], "cps")[1]
+    (mean * weight).sum().backward()
+    h, A, X = (
+        (sigma_next - sigma) / k,
+        torch.eye(len(B), dtype=F64) + (sigma_next - sigma) / k * B.detach(),
+        x[0].flatten(1),
+    )
+    s, root = sigma + (k - 1) * h, (sigma_next**2 - std**2).sqrt()
+    on_y, on_v = 1 - sigma_next + root, -(1 - sigma_next) * s + root * (1 - s)  # mean = on_y y + on_v B y, y = A^2 x
+    last, w = on_y * torch.eye(len(B), dtype=F64) + on_v * B.detach(), weight[0].flatten(1)
+    terms = [on_v * w @ (A @ A @ X).T, h * last.T @ w @ (A @ X).T, h * A.T @ last.T @ w @ X.T]
+    close(B.grad, sum(terms), 1e-12, "product rule over three evaluations")
+    assert all(term.abs().max() > 1e-3 * B.grad.abs().max() for term in terms), "each link matters"
+    y_1, y_2 = seen[1:]
+    close(y_2[0].flatten(1), A @ A @ X, 1e-12, "y_2 = (I + h B)^2 x")
+    average = (y_2 - x) / ((k - 1) * h)
+    close(average, (velocity(x, 0) + velocity(y_1, 0)) / 2, 1e-12, "average velocity = mean of the two evaluations")
+
+
+@pytest.mark.parametrize("kind", ["flow", "cps"])
+def test_maths_sde_rollout_keeps_the_gaussian_marginals(kind):
+    """With the exact velocity of N(m, s^2), stochastic paths end in N(m, s^2), as the ODE does; stored samples have
+    the stated mean and std."""
+    m, s, T = 0.7, 0.5, 100
+    grid, steps = pave_grpo.sigma_grid(T, 1.0).double(), list(range(T - 1))
+    velocity, noise = gaussian_velocity(m, s), randn(200, T - 1, 1, *SHAPE)
+    x_0, x_t, x_s = pave_grpo.sde_rollout(velocity, randn(200, *SHAPE, seed=1), grid, steps, noise, 0.3, kind)
+    assert abs(x_0.mean().item() - m) < 0.02 and abs(x_0.std().item() / s - 1) < 0.05, (x_0.mean(), x_0.std())
+    assert x_t.shape == (200, T - 1, *SHAPE) and x_s.shape == (200, T - 1, 1, *SHAPE)
+    close(x_t[:, 1:], x_s[:, :-1, 0], 0, "states follow each other")
+    for i in (0, 40, 98):
+        mean, std = naive_step(x_t[:, i], velocity(x_t[:, i], grid[i]), grid[i], grid[i + 1], 0.3, grid[1], kind)
+        z = (x_s[:, i, 0] - mean) / std
+        assert abs(z.mean().item()) < 0.05 and abs(z.std().item() - 1) < 0.05
+
+
+def prompted(c):
+    """A velocity that depends on its prompt, as Model.velocity_fn does: c (B,) repeated for n B samples."""
+    return lambda x, t: torch.sin(x) * c.repeat(len(x) // len(c)).view(-1, 1, 1, 1) + t.expand(len(x)).view(-1, 1, 1, 1)
+
+
+def test_maths_rollouts_equal_loops_sample_by_sample():
+    c, steps, P, G, T = torch.tensor([0.5, -1.0], dtype=F64), [3, 1], 2, 3, 6
+    x, noise = randn(P, *SHAPE, seed=1), randn(P, len(steps), G, *SHAPE, seed=2)
+    x_0, x_t, x_s = pave_grpo.branch_rollout(prompted(c), x, GRID, steps, noise, 0.7, "flow", micro_batch=4)
+
+    def walk(v, y, i, stop):
+        for j in range(i, stop):
+            y = y + (GRID[j + 1] - GRID[j]) * v(y, GRID[j])
+        return y
+
+    for p, (k, i), g in itertools.product(range(P), enumerate(steps), range(G)):
+        v = prompted(c[p : p + 1])
+        y = walk(v, x[p : p + 1], 0, i)
+        close(x_t[p, k], y[0], 1e-12, "the shared path")
+        mean, std = naive_step(y, v(y, GRID[i]), GRID[i], GRID[i + 1], 0.7, GRID[1], "flow")
+        close(x_s[p, k, g], (mean + std * noise[p, k, g])[0], 1e-12, "the stochastic step")
+        close(x_0[p, k, g], walk(v, x_s[p, k, g][None], i + 1, T)[0], 1e-12, "the end of the branch")
+    x_0, x_t, x_s = pave_grpo.sde_rollout(prompted(c), x, GRID, steps, noise[:, :, :1], 0.7, "flow")
+    y = x
+    for i in range(T):
+        v = prompted(c)(y, GRID[i])
+        if i in steps:
+            k = steps.index(i)
+            close(x_t[:, k], y, 1e-12, "x_t of a path")
+            mean, std = naive_step(y, v, GRID[i], GRID[i + 1], 0.7, GRID[1], "flow")
+            y = mean + std * noise[:, k, 0]
+            close(x_s[:, k, 0], y, 1e-12, "x_s of a path")
+        else:
+            y = y + (GRID[i + 1] - GRID[i]) * v
+    close(x_0, y, 1e-12, "the end of a path")
+
+
+def pave_options(**changes):
+    base = dict(splits=[2, 3], sde_steps=[0, 2], eta=0.7, sde="flow", target="stored", clip_range=0.0, kl_beta=0.0)
+    base |= dict(update_epochs=1, num_minibatches=1, prompts_per_iter=2, group_size=3)
+    return types.SimpleNamespace(**(base | changes))
+
+
+def pave_problem(M, args):
+    """Stored transitions of six samples: M = 3 for branches of two prompts, M = 1 for six paths."""
+    behaviour, n, K = Curved(), 6 // M, len(args.sde_steps)
+    x_t, noise = randn(n, K, *SHAPE, seed=1), randn(n, K, M, *SHAPE, seed=2)
+    x_s = torch.empty_like(noise)
+    for k, i in enumerate(args.sde_steps):
+        mean, std = naive_transition(behaviour.velocity_fn(), x_t[:, k], 1, i, args.eta, args.sde)
+        x_s[:, k] = (mean[:, None] + std * noise[:, k]).detach()
+    return x_t, x_s, randn(n, K, M, seed=3), GRID
+
+
+def naive_pave_loss(model, old_model, data, args, rows):
+    """The objective from torch.distributions, one (latent, step, sample) at a time; splits = [] is Flow-GRPO."""
+    x_t, x_s, adv, _ = data
+    total = []
+    for n, (k, i), m in itertools.product(rows, enumerate(args.sde_steps), range(x_s.shape[2])):
+        x, A, J = x_t[n, k][None], adv[n, k, m], {}
+        coarse_old, std_1 = naive_transition(old_model.velocity_fn(), x, 1, i, args.eta, args.sde)
+        for split in (1, *args.splits):
+            mean, std = naive_transition(model.velocity_fn(), x, split, i, args.eta, args.sde)
+            mean_old = naive_transition(old_model.velocity_fn(), x, split, i, args.eta, args.sde)[0].detach()
+            target = x_s[n, k, m]
+            if args.target == "coupled" and split > 1:
+                target = mean_old[0] + std * (target - coarse_old.detach()[0]) / std_1
+            new, old = (torch.distributions.Normal(mu, std).log_prob(target).mean() for mu in (mean, mean_old))
+            ratio = torch.exp(new - old)
+            clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range) if args.clip_range else ratio
+            J[split] = torch.minimum(ratio * A, clipped * A)
+        objective = J[1] + (sum(J[k] for k in args.splits) / len(args.splits) if args.splits else 0)
+        mean, std = naive_transition(model.velocity_fn(), x, 1, i, args.eta, args.sde)
+        v_ref = model.velocity_fn(initial=True)(x, GRID[i]).detach()
+        mean_ref, _ = naive_step(x, v_ref, GRID[i], GRID[i + 1], args.eta, GRID[1], args.sde)
+        total.append(-objective + args.kl_beta * ((mean - mean_ref) ** 2).mean() / (2 * std**2))
+    return sum(total) / len(total)
+
+
+PAVE_UPDATES = [
+    dict(splits=[]),
+    dict(splits=[], sde="cps", clip_range=0.01, update_epochs=2, num_minibatches=2),
+    dict(),
+    dict(clip_range=0.02, kl_beta=0.3, update_epochs=2, num_minibatches=2),
+    dict(splits=[2], target="coupled", update_epochs=3, sde="cps"),
+]
+
+
+def check_pave_update(transition_loss, **changes):
+    """update() ends at the weights that the naive objective leads to, for branches and for paths."""
+    for M in (3, 1):
+        args = pave_options(**changes)
+        data, n = pave_problem(M, args), 6 // M
+        models = [Curved(), Curved()]
+        size = n // args.num_minibatches
+        minibatches = [[slice(i, i + 1) for i in range(end - size, end)] for end in range(size, n + 1, size)]
+        for which, model in enumerate(models):
+            optimizer = torch.optim.SGD(model.parameters, lr=0.1)
+
+            def step(optimizer=optimizer):
+                optimizer.step()
+                optimizer.zero_grad()
+
+            if which == 0:
+                with unittest.mock.patch.object(pave_grpo, "transition_loss", transition_loss):
+                    terms = pave_grpo.update(model, [{}] * n, data, minibatches, args, step)
+                continue
+            old = Curved()
+            for minibatch in minibatches * args.update_epochs:
+                rows = range(minibatch[0].start, minibatch[-1].stop)
+                naive_pave_loss(model, old, data, args, rows).backward()
+                step()
+        moved = (models[1].W - Curved().W).abs().max()
+        assert moved > 1e-4, "the update moves the weights"
+        close(models[0].W, models[1].W, 1e-10, f"weights after update, {changes}, M = {M}")
+        close(models[0].b, models[1].b, 1e-10, "bias")
+        old, new, kl = terms.split((len(terms) // 2, len(terms) // 2, 1))
+        first = (slice(None), 0, slice(0, size))
+        assert torch.equal(old[first], new[first]), "ratio 1 to the last bit in the first step"
+        assert (kl > 0).any() == bool(args.kl_beta)
+
+
+@pytest.mark.parametrize("changes", PAVE_UPDATES)
+def test_maths_pave_updates_equal_the_naive_objective(changes):
+    check_pave_update(pave_grpo.transition_loss, **changes)
+
+
+def test_maths_offsets_cancel_in_branches_with_zero_sum_advantages():
+    """On-policy, sum A = 0 over a shared x_t: c added to every mean (here: -c to every sample) changes nothing."""
+    args = pave_options()
+    x_t, x_s, adv, _ = pave_problem(3, args)
+    for zero_sum in (True, False):
+        A = adv[:, 0] - adv[:, 0].mean(dim=1, keepdim=True) if zero_sum else adv[:, 0]
+        gradients = []
+        for c in (0.0, randn(*SHAPE, seed=8)):
+            model = Curved()
+            fns = model.velocity_fn(), model.velocity_fn(initial=True)
+            loss, *_ = pave_grpo.transition_loss(*fns, x_t[:, 0], x_s[:, 0] - c, A, (GRID[0], GRID[1], GRID[1]), args)
+            loss.backward()
+            gradients.append(model.grads())
+        difference = (gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()
+        assert difference < 1e-10 if zero_sum else difference > 1e-2
+
+
+def test_maths_coupled_target_is_the_coarse_noise_on_the_fine_mean():
+    args = pave_options(target="coupled")
+    x_t, x_s, adv, _ = pave_problem(3, args)
+    model = Curved()
+    fns = model.velocity_fn(), model.velocity_fn(initial=True)
+    _, _, targets, _ = pave_grpo.transition_loss(
+        *fns, x_t[:, 1], x_s[:, 1], adv[:, 1], (GRID[2], GRID[3], GRID[1]), args
+    )
+    for target, k in zip(targets, (1, 2, 3), strict=True):
+        mean, std = naive_transition(model.velocity_fn(), x_t[:, 1], k, 2, args.eta, args.sde)
+        close(
+            (target - mean.detach()[:, None]) / std, randn(2, 2, 3, *SHAPE, seed=2)[:, 1], 1e-11, f"noise on mean {k}"
+        )
+        assert not target.requires_grad
+
+
+def check_pave_loss(pave_loss):
+    new, adv, kl = 0.1 * randn(3, 8), randn(8, seed=2), randn(8, seed=3) ** 2
+    old = new + 0.1 * randn(3, 8, seed=1)
+    for rows, eps, beta in ((3, 0.05, 0.7), (1, None, 0.0), (2, 0.2, 0.1)):
+        total, clipped = 0.0, 0
+        for b in range(8):
+            J = []
+            for k in range(rows):
+                ratio, A = math.exp(new[k, b] - old[k, b]), adv[b].item()
+                bounded = max(1 - eps, min(1 + eps, ratio)) if eps else ratio
+                J.append(min(ratio * A, bounded * A))
+                clipped += bounded * A < ratio * A
+            total += -J[0] - (sum(J[1:]) / len(J[1:]) if rows > 1 else 0) + beta * kl[b].item()
+        loss, metrics = pave_loss(new[:rows], old[:rows], adv, eps, kl, beta)
+        close(loss, torch.tensor(total / 8, dtype=F64), 1e-12, f"loss, {rows} rows")
+        assert round(metrics["policy/clip_frac"].item() * 8 * rows) == clipped > 0 or not eps
+        close(metrics["loss/policy"] + metrics["loss/kl"], loss, 1e-12, "parts")
+
+
+def test_maths_pave_loss_equals_naive_loop():
+    check_pave_loss(pave_grpo.pave_loss)
+
+
+OFF_POLICY = dict(clip_range=0.02, kl_beta=0.3, update_epochs=2)
+PAVE_MUTATIONS = [
+    (check_sde_step, pave_grpo.sde_step, "v * (dt + drift", "v * (dt - drift"),
+    (check_sde_step, pave_grpo.sde_step, "torch.where(sigma == 1, sigma_1, sigma)", "sigma"),
+    (check_sde_step, pave_grpo.sde_step, "(sigma_next**2 - std**2).sqrt()", "sigma_next"),
+    (check_logp, pave_grpo.gaussian_logp, ".mean(dim=1)", ".sum(dim=1)"),
+    (check_logp, pave_grpo.gaussian_logp, "(2 * std**2)", "std**2"),
+    (check_transitions, pave_grpo.decomposed_transitions, "y[k] + dt / k * v_k", "y[k] + dt * v_k"),
+    (check_transitions, pave_grpo.decomposed_transitions, "y[k] + dt / k * v_k", "y[k].detach() + dt / k * v_k"),
+    (check_transitions, pave_grpo.decomposed_transitions, "x_t + dt / k * v for", "x_t + dt / k * v.detach() for"),
+    (check_transitions, pave_grpo.decomposed_transitions, "v_k, t, sigma_next", "v_k, sigma, sigma_next"),
+    (check_transitions, pave_grpo.decomposed_transitions, "sigma + j * dt / k", "sigma + (j - 1) * dt / k"),
+    (check_pave_loss, pave_grpo.pave_loss, "logp_new - logp_old)", "logp_old - logp_new)"),
+    (check_pave_loss, pave_grpo.pave_loss, "torch.minimum", "torch.maximum"),
+    (check_pave_loss, pave_grpo.pave_loss, "J[1:].mean()", "J[1:].sum()"),
+]
+
+
+@pytest.mark.parametrize("check, function, old, new", PAVE_MUTATIONS)
+def test_pave_mutations_are_caught(check, function, old, new):
+    with pytest.raises(Exception):  # noqa: B017 (a broken formula may fail an assertion or break altogether)
+        check(mutant(function, old, new))
+
+
+@pytest.mark.parametrize(
+    "old, new, changes",
+    [
+        ("else old[0]", "else old[0].flip(0)", OFF_POLICY),
+        ("stds[0] ** 2", "stds[1] ** 2", OFF_POLICY),
+        ("mean.detach() + std * noise", "mean + std * noise", dict(splits=[2], target="coupled")),
+        ("noise = (x_s - means[0].detach()) / stds[0]", "noise = (x_s - means[0].detach()) / stds[1]",
+         dict(splits=[2], target="coupled")),
+    ],
+)  # fmt: skip
+def test_mutations_of_the_pave_update_are_caught(old, new, changes):
+    with pytest.raises(AssertionError):
+        check_pave_update(mutant(pave_grpo.transition_loss, old, new), **changes)
+
+
+# ----------------------------------------------------------------------------------------------------------- both twins
+
+
+def plumbing(path):
+    """The text of a script without its METHOD parts: header, method config, presets, METHOD, and the block of main."""
+    source = path.read_text()
+    lines, cuts = source.splitlines(keepends=True), []
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", "") or getattr(getattr(node, "targets", [None])[0], "id", "")
+        if (isinstance(node, ast.Expr) and node.lineno == 1) or name in ("MethodConfig", "PRESETS"):
+            cuts.append((min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]), node.end_lineno))
+    numbers = {line.strip("# -\n"): number for number, line in enumerate(lines, 1) if line.startswith("# ---")}
+    banners = list(numbers)
+    cuts.append((numbers["METHOD"] + 1, numbers[banners[banners.index("METHOD") + 1]] - 1))
+    cuts.append(tuple(lines.index(f"        # {mark} METHOD\n") + 1 for mark in (">>>", "<<<")))
+    skipped = {number for first, last in cuts for number in range(first, last + 1)}
+    return banners, "".join(line for number, line in enumerate(lines, 1) if number not in skipped), len(skipped)
+
+
+def test_twins_differ_in_their_methods_only():
+    (banners, text, skipped), (twin_banners, twin_text, _) = (plumbing(Path(m.__file__)) for m in SCRIPTS)
+    assert banners == twin_banners
+    assert banners == ["config", "sigma grid", "model", "advantages", "METHOD", "evaluation and images",
+                       "checkpoint and logging", "distributed", "main"]  # fmt: skip
+    assert skipped < 260 and len(text.splitlines()) > 400, "most of a script is plumbing"
+    assert text == twin_text, "\n".join(
+        difflib.unified_diff(text.splitlines(), twin_text.splitlines(), lineterm="", n=0)
+    )
+
+
+COUNTED = {
+    vgrpo: ["", "--update_epochs 2 --ref_kl_beta 0", "--num_minibatches 2 --ref_kl_beta 0.1"],
+    pave_grpo: ["", "--rollout sde", "--splits --kl_beta 0.1", "--update_epochs 2 --kl_beta 0.1 --rollout sde"],
+}
+
+
+@pytest.mark.parametrize("script, flags", [(s, f) for s, flags in COUNTED.items() for f in flags])
+def test_network_evaluations_are_those_reported(tmp_path, script, flags):
+    count, velocity = [0], script.Model.velocity
+
+    def counting(self, x_t, *rest):
+        count[0] += len(x_t)
+        return velocity(self, x_t, *rest)
+
+    with unittest.mock.patch.object(script.Model, "velocity", counting):
+        line = run(tmp_path, "--iterations", "1", *flags.split(), script=script)[-1]
+    args = script.parse_args(["--resume", str(tmp_path)])
+    images = args.prompts_per_iter * args.sizes()[0]
+    evaluations = 2 * args.eval_steps * args.eval_samples * len(script.load_prompts(args.eval_prompts))
+    assert count[0] == pytest.approx(images * (line["nfe/sample"] + line["nfe/update"]) + evaluations)
+
+
 # -------------------------------------------------------------------------------------------------------------- rewards
 
 
@@ -824,13 +1261,16 @@ def test_euler_equals_the_flux_pipeline(tmp_path):
     close(ours, theirs, 1e-4, "FLUX pipeline")
 
 
-def test_flux_trains_a_step(tmp_path):
+@both
+def test_flux_trains_a_step(tmp_path, script):
     path, run = flux_pipeline(tmp_path), tmp_path / "run"
     flags = "--iterations 1 --prompts_per_iter 2 --group_size 2 --steps 4 --eval_steps 2 --reward jpeg".split()
     prompts = tmp_path / "p.txt"
     prompts.write_text("a fox\ntwo cats\n")
     files = ["--prompts", str(prompts), "--eval_prompts", str(prompts), "--run_dir", str(run)]
-    vgrpo.main(["--model", str(path), *FLUX_FLAGS, *flags, *files])
+    script.main(
+        ["--model", str(path), *FLUX_FLAGS, *flags, *files, *(["--sde_steps", "1"] if script is pave_grpo else [])]
+    )
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["optim/grad_norm"] > 0 and (run / "pytorch_lora_weights.safetensors").exists()
 
@@ -883,11 +1323,12 @@ def test_bf16_autocast_path_runs_and_is_close():
 
 SMALL = "--prompts_per_iter 2 --group_size 3 --micro_batch 4 --steps 4 --eval_steps 4 --eval_samples 1"
 SMALL += " --eval_every 2 --save_every 2 --full false"
+SMALL = {vgrpo: SMALL.split(), pave_grpo: f"{SMALL} --sde_steps 0 2".split()}
 
 
-def run(folder, *flags, **changes):
-    """vgrpo.main on the bundled model at a small size; returns the lines of metrics.jsonl."""
-    vgrpo.main([*SMALL.split(), *(("--run_dir", str(folder)) if "--resume" not in flags else ()), *flags])
+def run(folder, *flags, script=vgrpo):
+    """main on the bundled model at a small size; returns the lines of metrics.jsonl."""
+    script.main([*SMALL[script], *(("--run_dir", str(folder)) if "--resume" not in flags else ()), *flags])
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -895,31 +1336,29 @@ def untimed(lines):
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in lines]
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--full", "--update_epochs", "2", "--num_minibatches", "2", "--kl_beta", "0.1")]
-)
-def test_resume_is_exact_and_independent_of_global_randomness(tmp_path, flags):
-    flags = (*flags, "--seed", "5")
-    whole = run(tmp_path / "whole", "--iterations", "4", *flags)
-    run(tmp_path / "half", "--iterations", "2", *flags)
+@both
+@pytest.mark.parametrize("flags", ["", "--full --update_epochs 2 --num_minibatches 2 --kl_beta 0.1"])
+def test_resume_is_exact_and_independent_of_global_randomness(tmp_path, script, flags):
+    flags = (*flags.split(), "--seed", "5")
+    whole = run(tmp_path / "whole", "--iterations", "4", *flags, script=script)
+    run(tmp_path / "half", "--iterations", "2", *flags, script=script)
     torch.manual_seed(99)
-    resumed = run(tmp_path / "half", "--iterations", "4", "--resume", str(tmp_path / "half"), *flags)
+    resumed = run(tmp_path / "half", "--iterations", "4", "--resume", str(tmp_path / "half"), *flags, script=script)
     assert untimed(resumed) == untimed(whole) and [line["iteration"] for line in whole] == [0, 1, 2, 3, 4]
     files = ("weights.safetensors", "optimizer.safetensors")
     a, b = ([(tmp_path / k / "checkpoint" / f).read_bytes() for f in files] for k in ("whole", "half"))
     assert a == b, "every bit of weights and optimizer"
 
 
-def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path):
+@both
+def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path, script):
     """One run, as a user starts it: its files, its metrics, and its LoRA in a pipeline of diffusers alone."""
-    out = subprocess.run(
-        [sys.executable, "vgrpo.py", *SMALL.split(), *"--iterations 2 --lr 0.01 --solver euler".split(),
-         "--run_dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    file, solver = Path(script.__file__).name, "--solver euler" if script is vgrpo else ""
+    flags = [*SMALL[script], *f"--iterations 2 --lr 0.01 {solver} --run_dir {tmp_path}".split()]
+    out = subprocess.run([sys.executable, file, *flags], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "eval/shapes" in out.stdout and "load_lora_weights" in out.stdout
-    for name in ("config.json", "samples/iter_0000.png", "samples/iter_0002.png", "checkpoint/state.json", "vgrpo.py"):
+    for name in ("config.json", "samples/iter_0000.png", "samples/iter_0002.png", "checkpoint/state.json", file):
         assert (tmp_path / name).exists(), name
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0].keys() == {"iteration", "eval/shapes"} and lines[1]["policy/ratio_max_dev"] == 0
@@ -928,14 +1367,14 @@ def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path):
     logged = {re.sub(r"^(reward|eval)/shapes$", r"\1/<name>", key) for key in lines[2]} - {"iteration"}
     assert logged == table, "the README's table of metrics is what a run logs"
 
-    args = vgrpo.parse_args(["--resume", str(tmp_path)])
-    model = vgrpo.load_model(args, torch.device("cpu"))
+    args = script.parse_args(["--resume", str(tmp_path)])
+    model = script.load_model(args, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.trainable.values())
-    vgrpo.load_checkpoint(tmp_path, args, model, optimizer)
-    prompts = vgrpo.load_prompts(args.eval_prompts)[:3]
+    script.load_checkpoint(tmp_path, args, model, optimizer)
+    prompts = script.load_prompts(args.eval_prompts)[:3]
     noise = model.noise([("eval", p, 0) for p in range(3)])
     with torch.no_grad():
-        ours = model.decode(args.sample(model.velocity_fn(prompts), noise, vgrpo.sigma_grid(4, 3.0)))
+        ours = model.decode(args.sample(model.velocity_fn(prompts), noise, script.sigma_grid(4, 3.0)))
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(TINY, text_encoder_3=None, tokenizer_3=None)
@@ -954,19 +1393,27 @@ def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path):
 # --------------------------------------------------------------------------------------------------- flags and mistakes
 
 
+@both
+def test_presets_name_flags_that_exist(script):
+    names = {field.name for field in fields(script.Config)}
+    assert all(preset.keys() <= names for preset in script.PRESETS.values())
+    for model in script.PRESETS:
+        script.parse_args(["--model", model]).sizes()
+
+
 def test_presets_are_defaults_and_flags_win():
     tiny, sd3 = vgrpo.parse_args([]), vgrpo.parse_args(["--model", "sd3"])
     assert (sd3.group_size, sd3.prompts_per_iter, sd3.num_pairs, sd3.lr, sd3.soft_clip) == (24, 48, 4, 3e-4, 3.0)
     assert tiny.group_size == 12 and vgrpo.parse_args(["--group_size", "7"]).group_size == 7
     assert not vgrpo.parse_args(["--no_group_shared_pairs", "--no_stratified"]).group_shared_pairs
-    names = {field.name for field in fields(vgrpo.Config)}
-    assert all(preset.keys() <= names for preset in vgrpo.PRESETS.values())
+    assert pave_grpo.parse_args(["--splits"]).splits == [] and pave_grpo.parse_args([]).splits == [2, 3]
 
 
-def test_help_shows_the_defaults_of_the_chosen_model(capsys):
-    for model, default in (("tiny", "(default: 64)"), ("flux", "(default: 720)")):
+@both
+def test_help_shows_the_defaults_of_the_chosen_model(script, capsys):
+    for model, default in (("tiny", "(default: 64)"), ("flux", "(default: 512)")):
         with pytest.raises(SystemExit):
-            vgrpo.parse_args(["--model", model, "--help"])
+            script.parse_args(["--model", model, "--help"])
         text = capsys.readouterr().out
         assert default in re.sub(r"\s+", " ", text) and "--group-size" not in text
 
@@ -980,13 +1427,22 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags, message", MISTAKES.items())
-def test_mistakes_end_in_one_sentence(flags, message, tmp_path, monkeypatch, capsys):
+PAVE_MISTAKES = {
+    "--splits 1": "splits", "--splits 2 2": "splits", "--splits x": "splits", "--sde_steps 3": "sde_steps",
+    "--sde_steps": "sde_steps", "--sde_steps -1": "sde_steps", "--sde cps --eta 1.5": "eta", "--eta 0": "eta",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [(vgrpo, *mistake) for mistake in MISTAKES.items()] + [(pave_grpo, *mistake) for mistake in PAVE_MISTAKES.items()],
+)
+def test_mistakes_end_in_one_sentence(script, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["vgrpo.py", *SMALL.split(), "--run_dir", str(tmp_path / "run"), *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["x.py", *SMALL[script], "--run_dir", str(tmp_path / "run"), *flags.split()])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "vgrpo.py"), run_name="__main__")
+        runpy.run_path(script.__file__, run_name="__main__")
     text = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and text.startswith("error: ") and "\n" not in text and message in text
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -1018,11 +1474,12 @@ def test_non_finite_gradients_are_skipped_and_three_stop_the_run():
         vgrpo.optimizer_step(optimizer, args, norms)
 
 
-def test_sizes_of_functions_and_of_the_method():
-    source = (ROOT / "vgrpo.py").read_text()
+@both
+def test_sizes_of_functions_and_of_the_method(script):
+    source = Path(script.__file__).read_text()
     assert len(source.splitlines()) <= 650 and max(map(len, source.splitlines())) <= 120
     method = source[source.index("- METHOD\n") : source.index("- evaluation and images\n")]
     assert method.count("\n") <= 160
-    for function in vars(vgrpo).values():
-        if inspect.isfunction(function) and function.__module__ == "vgrpo":
-            assert len(inspect.getsource(function).splitlines()) <= (180 if function is vgrpo.main else 60)
+    for function in vars(script).values():
+        if inspect.isfunction(function) and function.__module__ == script.__name__:
+            assert len(inspect.getsource(function).splitlines()) <= (180 if function is script.main else 60)

@@ -141,6 +141,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser((RunConfig, MethodConfig), usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
     parser.error = lambda message: fail(f"{message}; see --help.")
+    for action in parser._actions:  # --help names each flag once, --group_size without --group-size; lists may be empty
+        action.option_strings, action.nargs = action.option_strings[:1], "*" if action.nargs == "+" else action.nargs
     chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if chosen.resume:
         defaults = json.loads((Path(chosen.resume) / "config.json").read_text())["config"]
@@ -150,8 +152,6 @@ def parse_args(argv: list[str] | None = None) -> Config:
         kind = DiffusionPipeline.load_config(chosen.model)["_class_name"]
         defaults = PRESETS[PIPELINES[kind]] if kind in PIPELINES else fail(f"--model {chosen.model} is a {kind}.")
     parser.set_defaults(**defaults)
-    for action in parser._actions:  # --help names each flag once, --group_size without --group-size
-        action.option_strings = action.option_strings[:1]
     args = Config(**vars(parser.parse_args(argv)))
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):

@@ -1,0 +1,700 @@
+"""Pave-GRPO (arXiv 2606.01636): online RL for flow-matching image models, Flow-GRPO on finer transitions.
+
+  python pave_grpo.py                                   trains the bundled 64 x 64 model, minutes on two CPU cores
+  python pave_grpo.py --model sd3                       SD3.5-Medium (or flux: FLUX.1-dev) on a CUDA GPU
+  torchrun --nproc_per_node=8 pave_grpo.py --model sd3  the same run, its prompts split over eight GPUs
+Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte-identical in vgrpo.py.
+  t, sigma       (B,) or ()    flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0;  dt = sigma_next - sigma
+  x_t, x_s, x_0  (B, C, H, W)  latents before and after a stochastic step and at the end: x_t = (1 - t) x_0 + t noise
+  v              (B, C, H, W)  velocity noise - x_0, what the network predicts
+  P, G, T, K                   prompts per iteration, samples per group, solver steps, trained (stochastic) steps
+  S, k                         splits; a transition x_t -> x_s is scored as k finer ones, for k = 1 and each k in S
+  mean, std                    of the Gaussian p(x_s | x_t);  logp_new, logp_old (1 + |S|, B) under theta, theta_old
+  adv, ratio                   advantage (B,); exp(logp_new - logp_old)
+Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA; latents, means, ratios, losses
+are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-densities are means over latent dimensions, never sums. All
+randomness comes from `generator_for`. Left out: RL on ODE samples (vgrpo.py), pipelines other than SD3 and FLUX."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from rewards import UserError, compute_rewards, fail, load_prompts, load_rewards
+
+ROOT = Path(__file__).resolve().parent
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+BAR_OFF = None if RANK == 0 else True  # progress bars: rank 0 only; None = off when stderr is not a terminal
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+def flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MethodConfig:
+    _argument_group_name = "Pave-GRPO"
+    rollout: Literal["branch", "sde"] = flag("branch", "a group: G noises at one x_t of an ODE path, or G SDE paths")
+    sde_steps: list[int] = field(
+        default_factory=[0, 2, 4, 6].copy, metadata={"help": "trained, stochastic steps, from 0"}
+    )
+    sde: Literal["flow", "cps"] = flag("flow", "stochastic step of Flow-GRPO or of Flow-CPS")
+    eta: float = flag(0.8, "noise level of a stochastic step")
+    splits: list[int] = field(
+        default_factory=[2, 3].copy, metadata={"help": "S: also score k finer steps; none = Flow-GRPO"}
+    )
+    target: Literal["stored", "coupled"] = flag("stored", "scored for k > 1: the sample, or its noise on their mean")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    kl_beta: float = flag(0.0, "weight of the KL to the initial model, on transitions with k = 1")
+
+    def sizes(self) -> tuple[int, int, int, float, float]:
+        """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
+        K, G, T, S = self.sde_steps, self.group_size, self.steps, self.splits
+        if not K or len({*K}) < len(K) or not 0 <= min(K) <= max(K) <= T - 2:
+            fail(
+                f"--sde_steps must be different numbers from 0 to {T - 2}; the last of {T} --steps is never stochastic."
+            )
+        if min(S, default=2) < 2 or len({*S}) < len(S) or (self.sde == "cps" and self.eta > 1):
+            fail("--splits must be different integers of at least 2, and --eta at most 1 with --sde cps.")
+        transition, branch = 1 + sum(k - 1 for k in S), self.rollout == "branch"  # evaluations: all k share the first
+        updating = self.update_epochs * (transition + (self.kl_beta > 0))
+        updating += transition + (self.kl_beta > 0) if self.update_epochs * self.num_minibatches > 1 else 0
+        path = (max(K) + 1) / (len(K) * G)  # the ODE path of a prompt up to its last branch, shared by all its images
+        sampling = path + sum(T - 1 - i for i in K) / len(K) if branch else T
+        images, latents = (len(K) * G, 1) if branch else (G, G)
+        return images, latents, max(1, self.micro_batch // transition), sampling, latents * len(K) * updating / images
+
+    def sample(self, velocity_fn, x, sigmas):
+        return ode_sample(velocity_fn, x, sigmas)
+
+    def uses_initial_model(self) -> bool:
+        return self.kl_beta > 0
+
+
+@dataclass
+class RunConfig:
+    _argument_group_name = "model, data, optimisation, run"
+    model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
+    prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
+    eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
+    reward: str = flag("jpeg=1", "name=weight,... of rewards.py or file.py:function; weight 0 = logged only")
+    resolution: int = flag(512, "image height and width, px")
+    guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: its embedded guidance")
+    max_sequence_length: int = flag(256, "T5 tokens of a prompt")
+    full: bool = flag(False, "train all transformer weights; --full false: LoRA")
+    lora_rank: int = flag(32, "LoRA rank")
+    lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = flag(False, "torch.compile the transformer block by block")
+    iterations: int = flag(150, "iterations of sample, reward, advantage, update")
+    prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
+    group_size: int = flag(24, "G, images per prompt")
+    micro_batch: int = flag(4, "images per network call; sets memory, not results")
+    steps: int = flag(40, "T, solver steps per training image")
+    eval_steps: int = flag(40, "solver steps per evaluation image")
+    shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
+    adv_std: Literal["group", "global"] = flag("group", "std that divides advantages: the group's or the iteration's")
+    update_epochs: int = flag(1, "passes over the images of an iteration")
+    num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
+    lr: float = flag(3e-4, "AdamW learning rate, constant")
+    weight_decay: float = flag(1e-4, "AdamW weight decay")
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
+    seed: int = flag(0, "seed of every random number")
+    eval_every: int = flag(10, "iterations between evaluations")
+    eval_samples: int = flag(1, "images per evaluation prompt")
+    save_every: int = flag(10, "iterations between checkpoints")
+    run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED")
+    resume: str = flag("", "run folder to continue with its own flags; flags given beside it win")
+
+
+@dataclass
+class Config(RunConfig, MethodConfig):
+    """All flags. The defaults above hold unless PRESETS replaces them for the chosen --model."""
+
+
+MODEL_IDS = {"sd3": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
+             "tiny": str(ROOT / "tiny_sd3")}  # fmt: skip
+PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta")
+PRESETS = {
+    "tiny": dict(prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
+                 reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=8, group_size=12,
+                 micro_batch=96, steps=10, eval_steps=10, eval_samples=4, iterations=50, lr=2e-4),
+    "sd3": dict(prompts_per_iter=12, guidance_scale=4.5, steps=16, clip_range=1e-4, kl_beta=0.01),
+    "flux": dict(guidance_scale=3.5, max_sequence_length=512, iterations=300, prompts_per_iter=8, group_size=12,
+                 steps=16, eval_steps=28, grad_checkpointing=True, lora_rank=64, lora_alpha=128, lr=1e-4),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Reads the flags: --model, or the run to --resume, picks the defaults; given flags win. Raises UserError."""
+    from diffusers import DiffusionPipeline
+    from transformers import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((RunConfig, MethodConfig), usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
+    parser.error = lambda message: fail(f"{message}; see --help.")
+    for action in parser._actions:  # --help names each flag once, --group_size without --group-size; lists may be empty
+        action.option_strings, action.nargs = action.option_strings[:1], "*" if action.nargs == "+" else action.nargs
+    chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    if chosen.resume:
+        defaults = json.loads((Path(chosen.resume) / "config.json").read_text())["config"]
+    elif chosen.model in PRESETS:
+        defaults = PRESETS[chosen.model]
+    else:
+        kind = DiffusionPipeline.load_config(chosen.model)["_class_name"]
+        defaults = PRESETS[PIPELINES[kind]] if kind in PIPELINES else fail(f"--model {chosen.model} is a {kind}.")
+    parser.set_defaults(**defaults)
+    args = Config(**vars(parser.parse_args(argv)))
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
+            fail(f"--{name} is {value}; it must be positive.")
+    if args.group_size < 2 or args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
+        fail("--group_size must be at least 2, --prompts_per_iter a multiple of --num_minibatches x processes.")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- sigma grid
+def sigma_grid(num_steps: int, shift: float) -> torch.Tensor:
+    """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
+        s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
+    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
+    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing."""
+    s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * s / (1 + (shift - 1) * s)).float()
+
+
+def generator_for(*draw: int | str) -> torch.Generator:
+    """CPU generator of the draw (seed, iteration, purpose, prompt slot, sample): its seed is the hash of that name."""
+    digest = hashlib.sha256(repr(draw).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+class Model:
+    """A diffusers SD3 or FLUX pipeline as the method needs it: encode, velocity, decode, save, initial model."""
+
+    def __init__(self, pipe, args: Config, device: torch.device):
+        self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
+        self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
+        self.is_flux = type(pipe).__name__ == "FluxPipeline"
+        side = args.resolution // pipe.vae_scale_factor
+        if args.resolution % (2 * pipe.vae_scale_factor):
+            fail(f"--resolution must be a multiple of {2 * pipe.vae_scale_factor} px (VAE times patch size).")
+        self.latent_shape = (self.vae.config.latent_channels, side, side)
+        self.encoders = torch.nn.ModuleList(e for name, e in pipe.components.items() if e and "text_encoder" in name)
+        shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
+        # the model before training, if the method needs it; under LoRA it shares the frozen weights
+        self.initial = copy.deepcopy(self.transformer, shared) if args.uses_initial_model() else None
+        self.transformer.requires_grad_(args.full)
+        if not args.full:  # LoRA on the attention projections of both streams, in fp32: bf16 would round updates away
+            from peft import LoraConfig
+
+            layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+            config = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
+            with torch.random.fork_rng():  # peft draws from the global generator
+                torch.manual_seed(generator_for(args.seed, "lora").initial_seed())
+                self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
+            for p in filter(lambda p: p.requires_grad, self.transformer.parameters()):
+                p.data = p.data.float()
+        self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        if args.grad_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        for transformer in filter(None, (self.transformer, self.initial) if args.compile else ()):
+            transformer.compile_repeated_blocks()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditioning of B prompts: context (B, S, D) and pooled (B, E). Each distinct prompt is encoded once.
+        The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        self.encoders.to(self.device if new else "cpu")
+        options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
+        options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
+        for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF if new else True):
+            out = self.pipe.encode_prompt(prompt, None, **options)
+            self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
+        self.encoders.to("cpu")
+        context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
+        return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
+        """v(x_t, t) of the model, or of the initial one; the transformer autocasts if its weights are bf16.
+        x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
+        transformer = self.initial if initial else self.transformer
+        x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
+        context, pooled = (repeat(c, "b ... -> (n b) ...", n=n) for c in cond)
+        inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=context.dtype == torch.bfloat16):
+            if not self.is_flux:
+                return transformer(x, timestep=1000 * t, **inputs)[0].to(x_t.dtype)
+            h, w = x.shape[2] // 2, x.shape[3] // 2
+            ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (0, row, column)
+            guidance = torch.full_like(t, self.args.guidance_scale) if transformer.config.guidance_embeds else None
+            inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3), "guidance": guidance}
+            tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+            v = transformer(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
+            return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2).to(x_t.dtype)
+
+    def velocity_fn(self, lines: list[dict], initial: bool = False):
+        """velocity_fn(x, t) -> v for these prompts: what the method's functions take. SD3: guided, if asked for."""
+        cond, w = self.encode([line["prompt"] for line in lines]), self.args.guidance_scale
+        if w <= 1 or self.is_flux:
+            return lambda x, t: self.velocity(x, t, cond, initial)
+        empty = self.encode([""])
+        return lambda x, t: w * self.velocity(x, t, cond, initial) + (1 - w) * self.velocity(x, t, empty, initial)
+
+    def noise(self, draws: list[tuple]) -> torch.Tensor:
+        """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
+        return torch.stack([torch.randn(self.latent_shape, generator=generator_for(*d)) for d in draws]).to(self.device)
+
+    @torch.no_grad()
+    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]. The VAE is fp32 everywhere."""
+        z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def save(self, folder: Path) -> str:
+        """Saves the weights (LoRA; --full: all) for plain diffusers and returns the line that loads them."""
+        if self.args.full:
+            self.transformer.save_pretrained(folder / "transformer")
+            return f'pipe.transformer = {type(self.transformer).__name__}.from_pretrained("{folder}/transformer")'
+        metadata = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them the scale is lost
+        layers = {name.replace(".default.", "."): p.detach() for name, p in self.trainable.items()}
+        self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+        return f'pipe.load_lora_weights("{folder}")'
+
+
+def load_model(args: Config, device: torch.device) -> Model:
+    """Loads --model: the transformer in bf16 on CUDA (fp32 under --full and on the CPU), the VAE in fp32."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    path = MODEL_IDS.get(args.model, args.model)
+    absent = {k: None for k, v in diffusers.DiffusionPipeline.load_config(path).items() if v == [None, None]}  # no T5
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtypes = {"transformer": torch.float32 if args.full else half, "vae": torch.float32, "default": half}
+    return Model(diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent), args, device)
+
+
+# ---------------------------------------------------------------------------------------------------------- advantages
+def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
+    """Advantages relative to the group, a weighted sum over rewards.   [GRPO; per-reward normalisation: MixGRPO]
+        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped to +-clamp
+    rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
+    std: "group" or "global" (over all N), population std;  clamp: > 0, None = off
+    Returns adv (N,), exactly 0 where a group's rewards are all equal, and the metrics of the rewards.
+    Deviation: the papers say only "normalise"; population std and 1e-4 are ours."""
+    adv, metrics = 0.0, {}
+    for name, reward in rewards.items():
+        R = rearrange(reward, "(p g) -> p g", g=group_size)
+        scale = R.std(dim=1, keepdim=True, correction=0) if std == "group" else R.std(correction=0)
+        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding error is no advantage
+        adv = adv + weights[name] * torch.where(equal, 0.0, (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4))
+        metrics[f"reward/{name}"] = reward.mean()
+    metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
+    total = sum(weights[name] * reward for name, reward in rewards.items())
+    metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
+    adv = adv if clamp is None else adv.clamp(-clamp, clamp)
+    return rearrange(adv, "p g -> (p g)"), metrics
+
+
+# -------------------------------------------------------------------------------------------------------------- METHOD
+def ode_sample(velocity_fn, x, sigmas):
+    """The flow ODE by Euler's method, x <- x + dt v.   x: (B, C, H, W) at sigmas[0];  sigmas: to 0.  Returns x_0."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = x + (sigma_next - sigma) * velocity_fn(x, sigma)
+    return x
+
+
+def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
+    """Gaussian of one stochastic step.   [flow: Flow-GRPO, arXiv 2505.05470, Eq. 9; cps: Flow-CPS, arXiv 2509.05952]
+        flow: g = eta sqrt(sigma / (1 - sigma)), std = g sqrt(-dt)
+              mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt
+        cps:  std = sigma_next sin(eta pi / 2), mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) x1_hat
+    x, v: (B, C, H, W);  sigma > sigma_next > 0: ();  eta: > 0, cps: at most 1
+    sigma_1: the grid's second value, stands in for sigma = 1 in g's denominator.  Returns mean (B, C, H, W), std ()."""
+    sigma, sigma_next, sigma_1 = (torch.as_tensor(s) for s in (sigma, sigma_next, sigma_1))
+    if kind == "flow":
+        dt, g = sigma_next - sigma, eta * (sigma / (1 - torch.where(sigma == 1, sigma_1, sigma))).sqrt()
+        drift = g**2 / (2 * sigma) * dt
+        return x * (1 + drift) + v * (dt + drift * (1 - sigma)), g * (-dt).sqrt()
+    std = sigma_next * math.sin(eta * math.pi / 2)
+    return (1 - sigma_next) * (x - sigma * v) + (sigma_next**2 - std**2).sqrt() * (x + (1 - sigma) * v), std
+
+
+def gaussian_logp(x, mean, std):
+    """Log-density of a stochastic step, averaged over latent dimensions: clip ranges assume a mean.   [Alg. 1]
+        logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
+    x, mean: (B, C, H, W) fp32;  std > 0: broadcastable.  Returns (B,), nats per dimension.
+    Deviation: the released code drops the constants, and for cps the denominator; here both kinds are log-densities."""
+    logp = -((x - mean) ** 2) / (2 * std**2) - torch.as_tensor(std).log() - math.log(2 * math.pi) / 2
+    return logp.flatten(1).mean(dim=1)
+
+
+def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sigma_1, kind="flow"):
+    """The coarse transition x_t -> x_s as k - 1 ODE sub-steps and one stochastic step, for k = 1 and each k in splits.
+        h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h) for j < k - 1   [hybrid ODE-SDE, Alg. 1]
+        p^(k)(x_s | x_t) = N(mean, std) of sde_step from y_k-1 at sigma + (k - 1) h to sigma_next
+    An ODE map is a Dirac, so p^(k) is an exact Gaussian; (y_k-1 - x_t) / ((k - 1) h) is the average velocity. Gradients
+    flow through all k evaluations and the chain of states. All k share v(x_t, sigma); j-th evaluations are one call.
+    x_t: (B, C, H, W);  sigma, sigma_next: ();  splits: different k >= 2.  Returns [(mean (B, C, H, W), std ())]."""
+    dt, v = sigma_next - sigma, velocity_fn(x_t, sigma)
+    transitions = {1: sde_step(x_t, v, sigma, sigma_next, eta, sigma_1, kind)}
+    y = {k: x_t + dt / k * v for k in splits}
+    for j in range(1, max(splits, default=1)):
+        running = [k for k in splits if j < k]
+        times = torch.stack([torch.as_tensor(sigma + j * dt / k) for k in running])
+        v = velocity_fn(torch.cat([y[k] for k in running]), times.repeat_interleave(len(x_t)))
+        for k, t, v_k in zip(running, times, v.chunk(len(running)), strict=True):
+            if j < k - 1:
+                y[k] = y[k] + dt / k * v_k
+            else:
+                transitions[k] = sde_step(y[k], v_k, t, sigma_next, eta, sigma_1, kind)
+    return [transitions[k] for k in (1, *splits)]
+
+
+def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
+    """A path from each x, stochastic at the K sde_steps, Euler's ODE elsewhere.   [Alg. 1]
+    x: (B, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (B, K, 1, C, H, W)
+    Returns x_0 (B, C, H, W); before and after each stochastic step x_t (B, K, C, H, W) and x_s (B, K, 1, C, H, W)."""
+    x_t, x_s = torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        v = velocity_fn(x, sigma)
+        if i not in sde_steps:
+            x = x + (sigma_next - sigma) * v
+            continue
+        k, (mean, std) = sde_steps.index(i), sde_step(x, v, sigma, sigma_next, eta, sigmas[1], kind)
+        x_t[:, k], x_s[:, k] = x, mean[:, None] + std * noise[:, k]
+        x = x_s[:, k, 0]
+    return x, x_t, x_s
+
+
+def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow", micro_batch=64):
+    """One ODE path from each x; at each of K sde_steps, G stochastic steps from its x_t, then ODE.   [released code]
+    x: (P, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (P, K, G, C, H, W);  micro_batch: latents a call
+    Returns x_0 (P, K, G, C, H, W); before and after a stochastic step x_t (P, K, C, H, W), x_s (P, K, G, C, H, W)."""
+    P, x_0, x_t, x_s = len(x), torch.empty_like(noise), torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
+    for i in range(max(sde_steps) + 1):
+        v = velocity_fn(x, sigmas[i])
+        if i in sde_steps:
+            k, (mean, std) = sde_steps.index(i), sde_step(x, v, sigmas[i], sigmas[i + 1], eta, sigmas[1], kind)
+            x_t[:, k], x_s[:, k] = x, mean[:, None] + std * noise[:, k]
+            parts = rearrange(x_s[:, k], "p g ... -> (g p) ...").split(max(1, micro_batch // P) * P)
+            ends = torch.cat([ode_sample(velocity_fn, part, sigmas[i + 1 :]) for part in parts])
+            x_0[:, k] = rearrange(ends, "(g p) ... -> p g ...", p=P)
+        x = x + (sigmas[i + 1] - sigmas[i]) * v
+    return x_0, x_t, x_s
+
+
+def pave_loss(logp_new, logp_old, adv, clip_range=None, kl=None, kl_beta=0.0):
+    """Negative Pave-GRPO objective; without splits, Flow-GRPO's.   [Alg. 1]
+        ratio_k = exp(logp_new_k - logp_old_k);  J_k = min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A)
+        loss = -mean(J_1 + mean_{k in S} J_k) + beta mean(KL)
+    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps > 0, None = no clip
+    Returns loss () and detached metrics."""
+    ratio = torch.exp(logp_new - logp_old)
+    eps = math.inf if clip_range is None else clip_range
+    bounded = ratio.clamp(1 - eps, 1 + eps) * adv
+    J = torch.minimum(ratio * adv, bounded).mean(dim=1)
+    policy = -(J[0] + J[1:].mean()) if len(J) > 1 else -J[0]
+    kl_term = 0.0 if kl is None else kl_beta * kl.mean()
+    metrics = {
+        "loss/total": policy + kl_term, "loss/policy": policy, "loss/kl": policy + kl_term - policy,
+        "policy/ratio_mean": ratio.mean(), "policy/ratio_max_dev": (ratio - 1).abs().max(),
+        "policy/clip_frac": (bounded < ratio * adv).to(adv.dtype).mean(),
+        "policy/approx_kl": (ratio - 1 - (logp_new - logp_old)).mean(),
+    }  # fmt: skip
+    return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
+
+
+def transition_loss(velocity_fn, initial_fn, x_t, x_s, adv, step, args, old=None):
+    """pave_loss of one transition, from x_t (B, C, H, W) to M stored samples each, x_s (B, M, C, H, W).
+    adv: (B, M);  step: sigma, sigma_next, sigma_1;  old: logp and targets of theta_old, None = it is theta
+    targets: what is scored for each k: x_s, or with --target coupled (ours), for k > 1, the noise of x_s on the mean
+    of k, mean_k + std_k (x_s - mean_1) / std_1, frozen: without the offset between the means
+    Returns loss (), logp (1 + |S|, B M), targets, and the KL to the initial model (B M,), 0 unless it is used."""
+    sigma, sigma_next, sigma_1 = step
+    found = decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, args.splits, args.eta, sigma_1, args.sde)
+    means, stds = [mean[:, None].expand_as(x_s) for mean, _ in found], [std for _, std in found]
+    targets = [x_s] * len(found) if old is None else old[1]
+    if args.target == "coupled" and old is None:
+        noise = (x_s - means[0].detach()) / stds[0]
+        targets[1:] = [mean.detach() + std * noise for mean, std in zip(means[1:], stds[1:], strict=True)]
+    pairs = [(x.flatten(0, 1), mean.flatten(0, 1)) for x, mean in zip(targets, means, strict=True)]
+    logp = torch.stack([gaussian_logp(*pair, std) for pair, std in zip(pairs, stds, strict=True)])
+    kl = torch.zeros_like(logp[0])
+    if args.kl_beta:
+        with torch.no_grad():
+            mean_ref, _ = sde_step(x_t, initial_fn(x_t, sigma), sigma, sigma_next, args.eta, sigma_1, args.sde)
+        kl = ((means[0] - mean_ref[:, None]) ** 2 / (2 * stds[0] ** 2)).flatten(2).mean(dim=2).flatten()
+    logp_old = logp.detach() if old is None else old[0]
+    return pave_loss(logp, logp_old, adv.flatten(), args.clip_range or None, kl, args.kl_beta)[0], logp, targets, kl
+
+
+def update(model, lines, data, minibatches, args, optimizer_step):
+    """Gradient steps on the stored transitions: update_epochs passes over the minibatches.   [Alg. 1]
+    lines: prompts of the n latents;  data: x_t (n, K, C, H, W), x_s (n, K, M, C, H, W), adv (n, K, M), sigmas (T + 1,)
+    minibatches: lists of micro-batches, slices of the n, the same in every pass and for theta_old, so that the first
+    ratio is 1 to the last bit.  Returns logp_old, logp_new, KL of every transition, (3 + 2 |S|, epochs, n, K, M)."""
+    x_t, x_s, adv, sigmas = data
+
+    def losses(part, k, i, theta_old=None):
+        fns = model.velocity_fn(lines[part]), model.velocity_fn(lines[part], initial=True)
+        step = sigmas[i], sigmas[i + 1], sigmas[1]
+        return transition_loss(*fns, x_t[part, k], x_s[part, k], adv[part, k], step, args, theta_old)
+
+    trained, steps, old = list(enumerate(args.sde_steps)), minibatches * args.update_epochs, {}
+    if len(steps) > 1:
+        with torch.no_grad():
+            old = {(part.start, k): losses(part, k, i)[1:3] for m in minibatches for part in m for k, i in trained}
+    total = args.prompts_per_iter * args.group_size * len(trained) / args.num_minibatches
+    terms = adv.new_zeros(3 + 2 * len(args.splits), args.update_epochs, *adv.shape)
+    for number, minibatch in enumerate(steps):
+        for part in minibatch:
+            for k, i in trained:
+                A, theta_old = adv[part, k], old[part.start, k] if number else None
+                loss, logp, _, kl = losses(part, k, i, theta_old)
+                (A.numel() / total * loss).backward()
+                values = torch.cat([theta_old[0] if number else logp, logp, kl[None]]).detach()
+                terms[:, number // args.num_minibatches, part, k] = values.unflatten(1, A.shape)
+        optimizer_step()
+    return terms
+
+
+# ----------------------------------------------------------------------------------------------- evaluation and images
+@torch.no_grad()
+def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, path: Path) -> dict[str, float]:
+    """Mean rewards of eval_samples images per prompt, from noise that is the same in every evaluation of every run.
+    The first image of each of the first twelve prompts goes to a captioned grid at `path`."""
+    samples, B = [(p, s) for s in range(args.eval_samples) for p in range(len(lines))], args.micro_batch
+    scores = torch.zeros(len(reward_fns), len(samples), device=model.device)
+    shown = torch.zeros(min(12, len(lines)), 3, args.resolution, args.resolution, device=model.device)
+    sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
+    for start in tqdm(range(RANK * B, len(samples), WORLD_SIZE * B), "evaluate", leave=False, disable=BAR_OFF):
+        part = slice(start, start + B)
+        batch = [lines[p] for p, _ in samples[part]]
+        noise = model.noise([("eval", *sample) for sample in samples[part]])
+        images = model.decode(args.sample(model.velocity_fn(batch), noise, sigmas))
+        scores[:, part] = torch.stack([*compute_rewards(reward_fns, images, batch, B).values()])
+        shown[part] = images[: len(shown[part])]
+    all_reduce([scores, shown])
+    if RANK == 0:
+        image_grid(shown, [line["prompt"] for line in lines]).save(path)
+    return {f"eval/{name}": score.item() for name, score in zip(reward_fns, scores.mean(dim=1), strict=True)}
+
+
+def image_grid(images: torch.Tensor, captions: list[str]) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their captions below."""
+    side = min(256, max(128, images.shape[3]))
+    grid = Image.new("RGB", (min(6, len(images)) * (side + 8), -(-len(images) // 6) * (side + 40)), "white")
+    for i, pixels in enumerate(rearrange(images * 255, "n c h w -> n h w c").round().byte().cpu().numpy()):
+        x, y, text = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4, textwrap.wrap(captions[i], side // 6)[:3]
+        grid.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
+        ImageDraw.Draw(grid).text((x, y + side), "\n".join(text), "black", spacing=0)
+    return grid
+
+
+# ----------------------------------------------------------------------------------------------- checkpoint and logging
+def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, optimizer) -> None:
+    """Writes run_dir/checkpoint: safetensors and one JSON, synced, then renamed; the one before becomes .prev."""
+    tmp, final, previous = (run_dir / f"checkpoint{suffix}" for suffix in (".tmp", "", ".prev"))
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    moments = {f"{n}.{key}": x for n, p in model.trainable.items() for key, x in optimizer.state[p].items()}
+    safetensors.torch.save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
+    safetensors.torch.save_file(moments, tmp / "optimizer.safetensors")
+    (tmp / "state.json").write_text(json.dumps({"iteration": iteration, "config": asdict(args)}))
+    os.sync()  # on disk before it gets its name
+    if final.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        final.rename(previous)
+    tmp.rename(final)
+
+
+def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int:
+    """Restores run_dir/checkpoint (.prev if a kill left only that); returns its iteration. Raises UserError."""
+    folder = run_dir / ("checkpoint" if (run_dir / "checkpoint").exists() else "checkpoint.prev")
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        weights, moments = (safetensors.torch.load_file(folder / f"{x}.safetensors") for x in ("weights", "optimizer"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        fail(f"--resume: {folder} is missing or damaged ({error}); checkpoint.prev is the one before.")
+    if {n: p.shape for n, p in model.trainable.items()} != {n: p.shape for n, p in weights.items()}:
+        changed = [name for name, value in state["config"].items() if value != getattr(args, name, None)]
+        fail(f"--resume: {folder} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
+    for name, p in model.trainable.items():
+        p.data.copy_(weights[name])
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
+        optimizer.state[p] = {k: moments[f"{name}.{k}"].to("cpu" if k == "step" else p.device) for k in keys}
+    return state["iteration"]
+
+
+# --------------------------------------------------------------------------------------------------------- distributed
+def all_reduce(tensors) -> None:
+    """Sums each tensor over all processes, in place."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        dist.all_reduce(tensor)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, args: Config, norms: list[float]) -> None:
+    """One AdamW step on gradients summed over processes and clipped; skipped if their norm is not finite."""
+    parameters = optimizer.param_groups[0]["params"]
+    all_reduce([p.grad for p in parameters if p.grad is not None])
+    norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
+    if math.isfinite(norms[-1]):
+        optimizer.step()
+    elif len(norms) >= 3 and not any(map(math.isfinite, norms[-3:])):
+        fail("three gradients in a row were not finite; the last checkpoint is intact, try a lower --lr.")
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    reward_fns, reward_weights = load_rewards(args.reward)
+    P, gradient_steps = args.prompts_per_iter, args.update_epochs * args.num_minibatches
+    G, rows, B, sampling, updating = args.sizes()
+    samples = [(slot, i) for slot in range(RANK, P, WORLD_SIZE) for i in range(G)]  # whole groups of this process
+    mine = [slot * G + i for slot, i in samples]  # their places among all
+    n, m = rows * P // WORLD_SIZE, rows * P // WORLD_SIZE // args.num_minibatches  # latents: of all, of one minibatch
+    minibatches = [[slice(i, min(i + B, end)) for i in range(end - m, end, B)] for end in range(m, n + 1, m)]
+    if RANK == 0:
+        print(f"{Path(__file__).stem} {args.model}: {args.iterations} iterations of {P} prompts x {G} images, in "
+              f"{sum(map(len, minibatches))} micro-batches per process and {gradient_steps} gradient step(s); network "
+              f"evaluations: {P * G * sampling:,} to sample, {P * G * updating:,} to update", flush=True)  # fmt: skip
+    name = f"runs/{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or name)
+    model = load_model(args, device)
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
+    done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
+    if RANK == 0:
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        shutil.copy(__file__, run_dir)
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        config = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
+        (run_dir / "config.json").write_text(json.dumps(config, indent=1))
+    log_path = run_dir / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
+    if done and RANK == 0:  # drop what is newer than the checkpoint; one line an iteration, from 0
+        os.truncate(log_path, sum(map(len, log_path.read_bytes().splitlines(keepends=True)[: done + 1])))
+    log = log_path.open("a" if done else "w", buffering=1)
+    sigmas = sigma_grid(args.steps, args.shift).to(device)
+    passes = range(-(-args.iterations * P // len(train_lines)))  # endless reshuffled passes over the prompt file
+    orders = [torch.randperm(len(train_lines), generator=generator_for(args.seed, i, "prompts")) for i in passes]
+    schedule = [train_lines[i] for i in torch.cat(orders).tolist()][: args.iterations * P]
+    model.encode([line["prompt"] for line in eval_lines + schedule[done * P :]])
+    before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
+    if not done:
+        print(json.dumps({"iteration": 0} | before), file=log)
+    norms, stop = [], []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
+        signal.signal(number, lambda *_: stop.append(True))
+    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
+    for iteration in bar:
+        lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
+        clock = [time.perf_counter()]
+        # >>> METHOD
+        # ---- sample: groups of paths, stochastic at the trained steps
+        branch, draw, K = args.rollout == "branch", (args.seed, iteration), len(args.sde_steps)
+        slots = [(slot,) for slot in range(RANK, P, WORLD_SIZE)]
+        latents, M = (
+            (slots, args.group_size) if branch else (samples, 1)
+        )  # what starts a path; stochastic steps of an x_t
+        latent_lines, paths = lines[:: len(lines) // len(latents)], []
+        size = max(1, args.micro_batch // M)
+        for start in tqdm(range(0, len(latents), size), "sample", leave=False, disable=BAR_OFF):
+            part = slice(start, start + size)
+            x = model.noise([(*draw, "noise", *latent) for latent in latents[part]])
+            steps = [(*draw, "step", *latent, k, m) for latent in latents[part] for k in range(K) for m in range(M)]
+            inputs = x, sigmas, args.sde_steps, model.noise(steps).unflatten(0, (-1, K, M)), args.eta, args.sde
+            velocity_fn = model.velocity_fn(latent_lines[part])
+            with torch.no_grad():
+                path = (
+                    branch_rollout(velocity_fn, *inputs, args.micro_batch)
+                    if branch
+                    else sde_rollout(velocity_fn, *inputs)
+                )
+            paths.append(path)
+        x_0, x_t, x_s = (torch.cat(x) for x in zip(*paths, strict=True))
+        x_0 = x_0.view(len(samples), *model.latent_shape)
+        images = torch.cat([model.decode(part) for part in x_0.split(args.micro_batch)])
+        clock.append(time.perf_counter())
+        # ---- reward: of final images
+        rewards = torch.zeros(len(reward_fns), P * G, device=device)
+        rewards[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
+        all_reduce([rewards])
+        clock.append(time.perf_counter())
+        # ---- advantage: in branch, of the G images of a prompt and step
+        rewards = dict(zip(reward_fns, rewards, strict=True))
+        adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std)
+        # ---- update
+        data = x_t, x_s, adv[mine].view(len(latents), -1, M).expand(-1, K, M), sigmas
+        result = update(model, latent_lines, data, minibatches, args, lambda: optimizer_step(optimizer, args, norms))
+        terms = torch.zeros(len(result), args.update_epochs, 1 if branch else K, P * G, device=device)
+        terms[..., mine] = result.flatten(2).unflatten(2, (len(samples), -1)).transpose(2, 3)
+        all_reduce([terms])  # all transitions of all processes, for the metrics
+        logp_old, logp_new, (kl,) = terms.flatten(1).split((len(terms) // 2, len(terms) // 2, 1))
+        everyone = adv.expand(terms.shape[1:]).flatten()
+        metrics |= pave_loss(logp_new, logp_old, everyone, args.clip_range or None, kl, args.kl_beta)[1]
+        clock.append(time.perf_counter())
+        # <<< METHOD
+        # ---- log
+        metrics = {name: value.item() for name, value in metrics.items()}
+        metrics |= {"optim/lr": args.lr, "optim/grad_norm": sum(norms[-gradient_steps:]) / gradient_steps}
+        metrics |= {f"time/{stage}": clock[i + 1] - clock[i] for i, stage in enumerate(("sample", "reward", "update"))}
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        metrics |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
+        last = iteration == args.iterations or bool(stop)
+        if iteration % args.eval_every == 0 or last:
+            scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
+            metrics |= scores
+        print(json.dumps({"iteration": iteration} | metrics), file=log)
+        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", ratio=f"{metrics['policy/ratio_mean']:.4f}")
+        if RANK == 0 and (iteration % args.save_every == 0 or last):
+            save_checkpoint(run_dir, iteration, args, model, optimizer)
+        if last:
+            break
+    if RANK == 0:
+        bar.close()
+        print(*(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}" for name in before), sep="\n")
+        print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
+        if stop:
+            print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake: one sentence, exit code 2
+        message, memory = str(error).strip().split("\n")[0], isinstance(error, torch.OutOfMemoryError)
+        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else ""
+        print(f"error: {message}{mend}", file=sys.stderr)
+        sys.exit(2)
