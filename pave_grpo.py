@@ -5,12 +5,10 @@
   torchrun --nproc_per_node=8 pave_grpo.py --model sd3  the same run, its prompts split over eight GPUs
 Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte-identical in vgrpo.py.
   t, sigma       (B,) or ()    flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0;  dt = sigma_next - sigma
-  x_t, x_s, x_0  (B, C, H, W)  latents before and after a stochastic step and at the end: x_t = (1 - t) x_0 + t noise
-  v              (B, C, H, W)  velocity noise - x_0, what the network predicts
+  x_t, x_s, x_0  (B, C, H, W)  latents before and after a stochastic step and at the end;  v: velocity noise - x_0
   P, G, T, K                   prompts per iteration, samples per group, solver steps, trained (stochastic) steps
-  S, k                         splits; a transition x_t -> x_s is scored as k finer ones, for k = 1 and each k in S
-  mean, std                    of the Gaussian p(x_s | x_t);  logp_new, logp_old (1 + |S|, B) under theta, theta_old
-  adv, ratio                   advantage (B,); exp(logp_new - logp_old)
+  S, k; adv, ratio             x_t -> x_s is scored as k finer steps, for k = 1 and each k in S; advantage, p / p_old
+  mean, std; logp_new, logp_old (1 + |S|, B)  of the Gaussian p(x_s | x_t); its log-density under theta and theta_old
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA; latents, means, ratios, losses
 are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-densities are means over latent dimensions, never sums. All
 randomness comes from `generator_for`. Left out: RL on ODE samples (vgrpo.py), pipelines other than SD3 and FLUX."""
@@ -38,7 +36,7 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from rewards import UserError, compute_rewards, fail, load_prompts, load_rewards
+from rewards import UserError, compute_rewards, fail, group_advantages, load_prompts, load_rewards
 
 ROOT = Path(__file__).resolve().parent
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -54,14 +52,10 @@ def flag(default, text: str):
 class MethodConfig:
     _argument_group_name = "Pave-GRPO"
     rollout: Literal["branch", "sde"] = flag("branch", "a group: G noises at one x_t of an ODE path, or G SDE paths")
-    sde_steps: list[int] = field(
-        default_factory=[0, 2, 4, 6].copy, metadata={"help": "trained, stochastic steps, from 0"}
-    )
+    sde_steps: list[int] = field(default_factory=[0, 2, 4, 6].copy, metadata={"help": "trained, noisy steps"})
     sde: Literal["flow", "cps"] = flag("flow", "stochastic step of Flow-GRPO or of Flow-CPS")
     eta: float = flag(0.8, "noise level of a stochastic step")
-    splits: list[int] = field(
-        default_factory=[2, 3].copy, metadata={"help": "S: also score k finer steps; none = Flow-GRPO"}
-    )
+    splits: list[int] = field(default_factory=[2, 3].copy, metadata={"help": "S, finer k to score; none = Flow-GRPO"})
     target: Literal["stored", "coupled"] = flag("stored", "scored for k > 1: the sample, or its noise on their mean")
     clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
     kl_beta: float = flag(0.0, "weight of the KL to the initial model, on transitions with k = 1")
@@ -70,24 +64,19 @@ class MethodConfig:
         """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
         K, G, T, S = self.sde_steps, self.group_size, self.steps, self.splits
         if not K or len({*K}) < len(K) or not 0 <= min(K) <= max(K) <= T - 2:
-            fail(
-                f"--sde_steps must be different numbers from 0 to {T - 2}; the last of {T} --steps is never stochastic."
-            )
+            fail(f"--sde_steps must be different numbers from 0 to {T - 2}; the last of {T} --steps has no noise.")
         if min(S, default=2) < 2 or len({*S}) < len(S) or (self.sde == "cps" and self.eta > 1):
             fail("--splits must be different integers of at least 2, and --eta at most 1 with --sde cps.")
-        transition, branch = 1 + sum(k - 1 for k in S), self.rollout == "branch"  # evaluations: all k share the first
-        updating = self.update_epochs * (transition + (self.kl_beta > 0))
-        updating += transition + (self.kl_beta > 0) if self.update_epochs * self.num_minibatches > 1 else 0
-        path = (max(K) + 1) / (len(K) * G)  # the ODE path of a prompt up to its last branch, shared by all its images
-        sampling = path + sum(T - 1 - i for i in K) / len(K) if branch else T
-        images, latents = (len(K) * G, 1) if branch else (G, G)
-        return images, latents, max(1, self.micro_batch // transition), sampling, latents * len(K) * updating / images
+        transition = 1 + sum(k - 1 for k in S)  # evaluations of one; all k share the first
+        passes = self.update_epochs + (self.update_epochs * self.num_minibatches > 1)  # one for theta_old
+        updating, latents = len(K) * passes * (transition + (self.kl_beta > 0)), max(1, self.micro_batch // transition)
+        if self.rollout == "sde":
+            return G, G, latents, T, updating
+        path = (max(K) + len(K)) / (len(K) * G)  # the ODE path of a prompt and its branchings, shared by its images
+        return len(K) * G, 1, latents, path + sum(T - 1 - i for i in K) / len(K), updating / (len(K) * G)
 
     def sample(self, velocity_fn, x, sigmas):
-        return ode_sample(velocity_fn, x, sigmas)
-
-    def uses_initial_model(self) -> bool:
-        return self.kl_beta > 0
+        return ode_path(velocity_fn, x, sigmas)[-1]
 
 
 @dataclass
@@ -195,16 +184,16 @@ class Model:
 
     def __init__(self, pipe, args: Config, device: torch.device):
         self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
-        self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
         side = args.resolution // pipe.vae_scale_factor
         if args.resolution % (2 * pipe.vae_scale_factor):
             fail(f"--resolution must be a multiple of {2 * pipe.vae_scale_factor} px (VAE times patch size).")
-        self.latent_shape = (self.vae.config.latent_channels, side, side)
+        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
         self.encoders = torch.nn.ModuleList(e for name, e in pipe.components.items() if e and "text_encoder" in name)
-        shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
-        # the model before training, if the method needs it; under LoRA it shares the frozen weights
-        self.initial = copy.deepcopy(self.transformer, shared) if args.uses_initial_model() else None
+        # the model before training: under LoRA it shares the frozen weights; under --full it stays on the CPU till used
+        shared = {} if args.full else {id(w): w for w in pipe.transformer.state_dict(keep_vars=True).values()}
+        self.initial = copy.deepcopy(pipe.transformer, shared)
+        self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
         self.transformer.requires_grad_(args.full)
         if not args.full:  # LoRA on the attention projections of both streams, in fp32: bf16 would round updates away
             from peft import LoraConfig
@@ -219,13 +208,12 @@ class Model:
         self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        for transformer in filter(None, (self.transformer, self.initial) if args.compile else ()):
+        for transformer in (self.transformer, self.initial) if args.compile else ():
             transformer.compile_repeated_blocks()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Conditioning of B prompts: context (B, S, D) and pooled (B, E). Each distinct prompt is encoded once.
-        The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU."""
+        """Context (B, S, D) and pooled (B, E) of B prompts, cached; encoders (T5: 9.5 GB) visit the device at need."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         self.encoders.to(self.device if new else "cpu")
         options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
@@ -240,7 +228,7 @@ class Model:
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
         """v(x_t, t) of the model, or of the initial one; the transformer autocasts if its weights are bf16.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
-        transformer = self.initial if initial else self.transformer
+        transformer = self.initial.to(self.device) if initial else self.transformer
         x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
         context, pooled = (repeat(c, "b ... -> (n b) ...", n=n) for c in cond)
         inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
@@ -299,34 +287,13 @@ def load_model(args: Config, device: torch.device) -> Model:
     return Model(diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent), args, device)
 
 
-# ---------------------------------------------------------------------------------------------------------- advantages
-def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
-    """Advantages relative to the group, a weighted sum over rewards.   [GRPO; per-reward normalisation: MixGRPO]
-        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped to +-clamp
-    rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
-    std: "group" or "global" (over all N), population std;  clamp: > 0, None = off
-    Returns adv (N,), exactly 0 where a group's rewards are all equal, and the metrics of the rewards.
-    Deviation: the papers say only "normalise"; population std and 1e-4 are ours."""
-    adv, metrics = 0.0, {}
-    for name, reward in rewards.items():
-        R = rearrange(reward, "(p g) -> p g", g=group_size)
-        scale = R.std(dim=1, keepdim=True, correction=0) if std == "group" else R.std(correction=0)
-        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding error is no advantage
-        adv = adv + weights[name] * torch.where(equal, 0.0, (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4))
-        metrics[f"reward/{name}"] = reward.mean()
-    metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
-    total = sum(weights[name] * reward for name, reward in rewards.items())
-    metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
-    adv = adv if clamp is None else adv.clamp(-clamp, clamp)
-    return rearrange(adv, "p g -> (p g)"), metrics
-
-
 # -------------------------------------------------------------------------------------------------------------- METHOD
-def ode_sample(velocity_fn, x, sigmas):
-    """The flow ODE by Euler's method, x <- x + dt v.   x: (B, C, H, W) at sigmas[0];  sigmas: to 0.  Returns x_0."""
+def ode_path(velocity_fn, x, sigmas):
+    """States of the flow ODE by Euler's method, x <- x + dt v, at each of sigmas, from x (B, C, H, W) at the first."""
+    path = [x]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (sigma_next - sigma) * velocity_fn(x, sigma)
-    return x
+        path.append(path[-1] + (sigma_next - sigma) * velocity_fn(path[-1], sigma))
+    return path
 
 
 def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
@@ -350,8 +317,8 @@ def gaussian_logp(x, mean, std):
         logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
     x, mean: (B, C, H, W) fp32;  std > 0: broadcastable.  Returns (B,), nats per dimension.
     Deviation: the released code drops the constants, and for cps the denominator; here both kinds are log-densities."""
-    logp = -((x - mean) ** 2) / (2 * std**2) - torch.as_tensor(std).log() - math.log(2 * math.pi) / 2
-    return logp.flatten(1).mean(dim=1)
+    log_std = torch.as_tensor(std).log()
+    return (-((x - mean) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
 
 
 def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sigma_1, kind="flow"):
@@ -369,10 +336,9 @@ def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sig
         times = torch.stack([torch.as_tensor(sigma + j * dt / k) for k in running])
         v = velocity_fn(torch.cat([y[k] for k in running]), times.repeat_interleave(len(x_t)))
         for k, t, v_k in zip(running, times, v.chunk(len(running)), strict=True):
-            if j < k - 1:
-                y[k] = y[k] + dt / k * v_k
-            else:
+            if j == k - 1:
                 transitions[k] = sde_step(y[k], v_k, t, sigma_next, eta, sigma_1, kind)
+            y[k] = y[k] + dt / k * v_k
     return [transitions[k] for k in (1, *splits)]
 
 
@@ -397,15 +363,14 @@ def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow", m
     x: (P, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (P, K, G, C, H, W);  micro_batch: latents a call
     Returns x_0 (P, K, G, C, H, W); before and after a stochastic step x_t (P, K, C, H, W), x_s (P, K, G, C, H, W)."""
     P, x_0, x_t, x_s = len(x), torch.empty_like(noise), torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
-    for i in range(max(sde_steps) + 1):
-        v = velocity_fn(x, sigmas[i])
-        if i in sde_steps:
-            k, (mean, std) = sde_steps.index(i), sde_step(x, v, sigmas[i], sigmas[i + 1], eta, sigmas[1], kind)
-            x_t[:, k], x_s[:, k] = x, mean[:, None] + std * noise[:, k]
-            parts = rearrange(x_s[:, k], "p g ... -> (g p) ...").split(max(1, micro_batch // P) * P)
-            ends = torch.cat([ode_sample(velocity_fn, part, sigmas[i + 1 :]) for part in parts])
-            x_0[:, k] = rearrange(ends, "(g p) ... -> p g ...", p=P)
-        x = x + (sigmas[i + 1] - sigmas[i]) * v
+    path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
+    for k, i in enumerate(sde_steps):
+        v = velocity_fn(path[i], sigmas[i])
+        mean, std = sde_step(path[i], v, sigmas[i], sigmas[i + 1], eta, sigmas[1], kind)
+        x_t[:, k], x_s[:, k] = path[i], mean[:, None] + std * noise[:, k]
+        parts = rearrange(x_s[:, k], "p g ... -> (g p) ...").split(max(1, micro_batch // P) * P)
+        ends = torch.cat([ode_path(velocity_fn, part, sigmas[i + 1 :])[-1] for part in parts])
+        x_0[:, k] = rearrange(ends, "(g p) ... -> p g ...", p=P)
     return x_0, x_t, x_s
 
 
@@ -416,40 +381,37 @@ def pave_loss(logp_new, logp_old, adv, clip_range=None, kl=None, kl_beta=0.0):
     logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps > 0, None = no clip
     Returns loss () and detached metrics."""
     ratio = torch.exp(logp_new - logp_old)
-    eps = math.inf if clip_range is None else clip_range
-    bounded = ratio.clamp(1 - eps, 1 + eps) * adv
-    J = torch.minimum(ratio * adv, bounded).mean(dim=1)
+    clipped = ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range)
+    J = torch.minimum(ratio * adv, clipped * adv).mean(dim=1)
     policy = -(J[0] + J[1:].mean()) if len(J) > 1 else -J[0]
     kl_term = 0.0 if kl is None else kl_beta * kl.mean()
     metrics = {
         "loss/total": policy + kl_term, "loss/policy": policy, "loss/kl": policy + kl_term - policy,
         "policy/ratio_mean": ratio.mean(), "policy/ratio_max_dev": (ratio - 1).abs().max(),
-        "policy/clip_frac": (bounded < ratio * adv).to(adv.dtype).mean(),
+        "policy/clip_frac": (clipped * adv < ratio * adv).to(adv.dtype).mean(),
         "policy/approx_kl": (ratio - 1 - (logp_new - logp_old)).mean(),
     }  # fmt: skip
     return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
 
 
-def transition_loss(velocity_fn, initial_fn, x_t, x_s, adv, step, args, old=None):
+def transition_loss(velocity_fn, initial_fn, x_t, x_s, adv, sigma, sigma_next, sigma_1, args, old=None):
     """pave_loss of one transition, from x_t (B, C, H, W) to M stored samples each, x_s (B, M, C, H, W).
-    adv: (B, M);  step: sigma, sigma_next, sigma_1;  old: logp and targets of theta_old, None = it is theta
+    adv: (B, M);  sigma, sigma_next, sigma_1: ();  old: logp and targets of theta_old, None = it is theta
     targets: what is scored for each k: x_s, or with --target coupled (ours), for k > 1, the noise of x_s on the mean
     of k, mean_k + std_k (x_s - mean_1) / std_1, frozen: without the offset between the means
     Returns loss (), logp (1 + |S|, B M), targets, and the KL to the initial model (B M,), 0 unless it is used."""
-    sigma, sigma_next, sigma_1 = step
     found = decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, args.splits, args.eta, sigma_1, args.sde)
-    means, stds = [mean[:, None].expand_as(x_s) for mean, _ in found], [std for _, std in found]
-    targets = [x_s] * len(found) if old is None else old[1]
+    gaussians = [(repeat(mean, "b ... -> (b m) ...", m=x_s.shape[1]), std) for mean, std in found]
+    (mean, std), kl = gaussians[0], torch.zeros_like(adv).flatten()
+    targets = [x_s.flatten(0, 1)] * len(found) if old is None else old[1]
     if args.target == "coupled" and old is None:
-        noise = (x_s - means[0].detach()) / stds[0]
-        targets[1:] = [mean.detach() + std * noise for mean, std in zip(means[1:], stds[1:], strict=True)]
-    pairs = [(x.flatten(0, 1), mean.flatten(0, 1)) for x, mean in zip(targets, means, strict=True)]
-    logp = torch.stack([gaussian_logp(*pair, std) for pair, std in zip(pairs, stds, strict=True)])
-    kl = torch.zeros_like(logp[0])
+        noise = (targets[0] - mean.detach()) / std
+        targets[1:] = [mean_k.detach() + std_k * noise for mean_k, std_k in gaussians[1:]]
+    logp = torch.stack([gaussian_logp(x, *gaussian) for x, gaussian in zip(targets, gaussians, strict=True)])
     if args.kl_beta:
         with torch.no_grad():
             mean_ref, _ = sde_step(x_t, initial_fn(x_t, sigma), sigma, sigma_next, args.eta, sigma_1, args.sde)
-        kl = ((means[0] - mean_ref[:, None]) ** 2 / (2 * stds[0] ** 2)).flatten(2).mean(dim=2).flatten()
+        kl = ((found[0][0] - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(dim=1).repeat_interleave(adv.shape[1])
     logp_old = logp.detach() if old is None else old[0]
     return pave_loss(logp, logp_old, adv.flatten(), args.clip_range or None, kl, args.kl_beta)[0], logp, targets, kl
 
@@ -457,30 +419,27 @@ def transition_loss(velocity_fn, initial_fn, x_t, x_s, adv, step, args, old=None
 def update(model, lines, data, minibatches, args, optimizer_step):
     """Gradient steps on the stored transitions: update_epochs passes over the minibatches.   [Alg. 1]
     lines: prompts of the n latents;  data: x_t (n, K, C, H, W), x_s (n, K, M, C, H, W), adv (n, K, M), sigmas (T + 1,)
-    minibatches: lists of micro-batches, slices of the n, the same in every pass and for theta_old, so that the first
-    ratio is 1 to the last bit.  Returns logp_old, logp_new, KL of every transition, (3 + 2 |S|, epochs, n, K, M)."""
+    minibatches: lists of micro-batches, slices of the n, the same for theta_old: the first ratio is 1 exactly
+    Returns logp_old, logp_new and KL of every transition in every pass, (3 + 2 |S|, update_epochs, n, K, M)."""
     x_t, x_s, adv, sigmas = data
-
-    def losses(part, k, i, theta_old=None):
-        fns = model.velocity_fn(lines[part]), model.velocity_fn(lines[part], initial=True)
-        step = sigmas[i], sigmas[i + 1], sigmas[1]
-        return transition_loss(*fns, x_t[part, k], x_s[part, k], adv[part, k], step, args, theta_old)
-
-    trained, steps, old = list(enumerate(args.sde_steps)), minibatches * args.update_epochs, {}
-    if len(steps) > 1:
-        with torch.no_grad():
-            old = {(part.start, k): losses(part, k, i)[1:3] for m in minibatches for part in m for k, i in trained}
+    steps, old, trained = minibatches * args.update_epochs, {}, list(enumerate(args.sde_steps))
+    first = [[part for minibatch in minibatches for part in minibatch]] if len(steps) > 1 else []  # -1: theta_old
     total = args.prompts_per_iter * args.group_size * len(trained) / args.num_minibatches
     terms = adv.new_zeros(3 + 2 * len(args.splits), args.update_epochs, *adv.shape)
-    for number, minibatch in enumerate(steps):
-        for part in minibatch:
-            for k, i in trained:
-                A, theta_old = adv[part, k], old[part.start, k] if number else None
-                loss, logp, _, kl = losses(part, k, i, theta_old)
-                (A.numel() / total * loss).backward()
-                values = torch.cat([theta_old[0] if number else logp, logp, kl[None]]).detach()
-                terms[:, number // args.num_minibatches, part, k] = values.unflatten(1, A.shape)
-        optimizer_step()
+    for number, minibatch in enumerate(first + steps, -len(first)):
+        for part, (k, i) in [(part, step) for part in minibatch for step in trained]:
+            fns = model.velocity_fn(lines[part]), model.velocity_fn(lines[part], initial=True)
+            inputs, step = (x_t[part, k], x_s[part, k], adv[part, k]), (sigmas[i], sigmas[i + 1], sigmas[1])
+            with torch.set_grad_enabled(number >= 0):
+                loss, logp, targets, kl = transition_loss(*fns, *inputs, *step, args, old.get((part.start, k)))
+            if number < 0:
+                old[part.start, k] = logp, targets
+                continue
+            (adv[part, k].numel() / total * loss).backward()
+            values = torch.cat([old[part.start, k][0] if old else logp, logp, kl[None]]).detach()
+            terms[:, number // args.num_minibatches, part, k] = values.unflatten(1, adv[part, k].shape)
+        if number >= 0:
+            optimizer_step()
     return terms
 
 
@@ -624,28 +583,19 @@ def main(argv: list[str] | None = None) -> None:
         # >>> METHOD
         # ---- sample: groups of paths, stochastic at the trained steps
         branch, draw, K = args.rollout == "branch", (args.seed, iteration), len(args.sde_steps)
-        slots = [(slot,) for slot in range(RANK, P, WORLD_SIZE)]
-        latents, M = (
-            (slots, args.group_size) if branch else (samples, 1)
-        )  # what starts a path; stochastic steps of an x_t
-        latent_lines, paths = lines[:: len(lines) // len(latents)], []
+        rollout, more = (branch_rollout, [args.micro_batch]) if branch else (sde_rollout, [])
+        starts = [(slot,) for slot in range(RANK, P, WORLD_SIZE)] if branch else samples  # names of paths
+        M, start_lines, paths = args.group_size if branch else 1, lines[:: len(lines) // len(starts)], []
         size = max(1, args.micro_batch // M)
-        for start in tqdm(range(0, len(latents), size), "sample", leave=False, disable=BAR_OFF):
-            part = slice(start, start + size)
-            x = model.noise([(*draw, "noise", *latent) for latent in latents[part]])
-            steps = [(*draw, "step", *latent, k, m) for latent in latents[part] for k in range(K) for m in range(M)]
+        for i in tqdm(range(0, len(starts), size), "sample", leave=False, disable=BAR_OFF):
+            part = slice(i, i + size)
+            x = model.noise([(*draw, "noise", *start) for start in starts[part]])
+            steps = [(*draw, "step", *start, k, m) for start in starts[part] for k in range(K) for m in range(M)]
             inputs = x, sigmas, args.sde_steps, model.noise(steps).unflatten(0, (-1, K, M)), args.eta, args.sde
-            velocity_fn = model.velocity_fn(latent_lines[part])
             with torch.no_grad():
-                path = (
-                    branch_rollout(velocity_fn, *inputs, args.micro_batch)
-                    if branch
-                    else sde_rollout(velocity_fn, *inputs)
-                )
-            paths.append(path)
+                paths.append(rollout(model.velocity_fn(start_lines[part]), *inputs, *more))
         x_0, x_t, x_s = (torch.cat(x) for x in zip(*paths, strict=True))
-        x_0 = x_0.view(len(samples), *model.latent_shape)
-        images = torch.cat([model.decode(part) for part in x_0.split(args.micro_batch)])
+        images = torch.cat([model.decode(part) for part in x_0.view(-1, *model.latent_shape).split(args.micro_batch)])
         clock.append(time.perf_counter())
         # ---- reward: of final images
         rewards = torch.zeros(len(reward_fns), P * G, device=device)
@@ -656,8 +606,8 @@ def main(argv: list[str] | None = None) -> None:
         rewards = dict(zip(reward_fns, rewards, strict=True))
         adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std)
         # ---- update
-        data = x_t, x_s, adv[mine].view(len(latents), -1, M).expand(-1, K, M), sigmas
-        result = update(model, latent_lines, data, minibatches, args, lambda: optimizer_step(optimizer, args, norms))
+        data = x_t, x_s, adv[mine].view(len(starts), -1, M).expand(-1, K, M), sigmas
+        result = update(model, start_lines, data, minibatches, args, lambda: optimizer_step(optimizer, args, norms))
         terms = torch.zeros(len(result), args.update_epochs, 1 if branch else K, P * G, device=device)
         terms[..., mine] = result.flatten(2).unflatten(2, (len(samples), -1)).transpose(2, 3)
         all_reduce([terms])  # all transitions of all processes, for the metrics

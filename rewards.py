@@ -11,6 +11,8 @@ A reward is a function of images, the prompts they were made for, and the prompt
 them (weight 0 = logged only). `--reward my_file.py:my_fn` loads a function of your own with the signature above;
 nothing needs registering. The name in the logs is then the function's.
 
+The advantages that the scripts train on are made here too, from all rewards of an iteration: `group_advantages`.
+
 Entries: shapes (verifier of the bundled world) and jpeg (file size). One function each; `REWARDS` names them.
 """
 
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from einops import rearrange
 from PIL import Image
 
 RewardFn = Callable[[torch.Tensor, list[str], list[dict]], torch.Tensor]
@@ -303,6 +306,28 @@ def compute_rewards(
                 raise UserError(f'reward "{name}" is not finite for {quoted(bad)}.')
             results[name][part] = reward
     return results
+
+
+def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
+    """Advantages relative to the group, a weighted sum over rewards.   [GRPO; per-reward normalisation: MixGRPO]
+        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped to +-clamp
+    rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
+    std: "group" or "global" (over all N), population std;  clamp: > 0, None = off
+    Returns adv (N,), exactly 0 where a group's rewards are all equal, and the metrics of the rewards.
+    Deviation: the papers say only "normalise"; population std and 1e-4 are ours.
+    """
+    adv, metrics = 0.0, {}
+    for name, reward in rewards.items():
+        R = rearrange(reward, "(p g) -> p g", g=group_size)
+        scale = R.std(dim=1, keepdim=True, correction=0) if std == "group" else R.std(correction=0)
+        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding error is no advantage
+        adv = adv + weights[name] * torch.where(equal, 0.0, (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4))
+        metrics[f"reward/{name}"] = reward.mean()
+    metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
+    total = sum(weights[name] * reward for name, reward in rewards.items())
+    metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
+    adv = adv if clamp is None else adv.clamp(-clamp, clamp)
+    return rearrange(adv, "p g -> (p g)"), metrics
 
 
 def quoted(prompts: list[str]) -> str:

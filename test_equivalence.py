@@ -834,7 +834,7 @@ def test_maths_offsets_cancel_in_branches_with_zero_sum_advantages():
         for c in (0.0, randn(*SHAPE, seed=8)):
             model = Curved()
             fns = model.velocity_fn(), model.velocity_fn(initial=True)
-            loss, *_ = pave_grpo.transition_loss(*fns, x_t[:, 0], x_s[:, 0] - c, A, (GRID[0], GRID[1], GRID[1]), args)
+            loss, *_ = pave_grpo.transition_loss(*fns, x_t[:, 0], x_s[:, 0] - c, A, GRID[0], GRID[1], GRID[1], args)
             loss.backward()
             gradients.append(model.grads())
         difference = (gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()
@@ -846,21 +846,18 @@ def test_maths_coupled_target_is_the_coarse_noise_on_the_fine_mean():
     x_t, x_s, adv, _ = pave_problem(3, args)
     model = Curved()
     fns = model.velocity_fn(), model.velocity_fn(initial=True)
-    _, _, targets, _ = pave_grpo.transition_loss(
-        *fns, x_t[:, 1], x_s[:, 1], adv[:, 1], (GRID[2], GRID[3], GRID[1]), args
-    )
+    _, _, targets, _ = pave_grpo.transition_loss(*fns, x_t[:, 1], x_s[:, 1], adv[:, 1], GRID[2], GRID[3], GRID[1], args)
     for target, k in zip(targets, (1, 2, 3), strict=True):
         mean, std = naive_transition(model.velocity_fn(), x_t[:, 1], k, 2, args.eta, args.sde)
-        close(
-            (target - mean.detach()[:, None]) / std, randn(2, 2, 3, *SHAPE, seed=2)[:, 1], 1e-11, f"noise on mean {k}"
-        )
+        noise = (target.unflatten(0, (2, 3)) - mean.detach()[:, None]) / std
+        close(noise, randn(2, 2, 3, *SHAPE, seed=2)[:, 1], 1e-11, f"noise on mean {k}")
         assert not target.requires_grad
 
 
 def check_pave_loss(pave_loss):
     new, adv, kl = 0.1 * randn(3, 8), randn(8, seed=2), randn(8, seed=3) ** 2
     old = new + 0.1 * randn(3, 8, seed=1)
-    for rows, eps, beta in ((3, 0.05, 0.7), (1, None, 0.0), (2, 0.2, 0.1)):
+    for rows, eps, beta in ((3, 0.05, 0.7), (1, None, 0.0), (2, 0.03, 0.1)):
         total, clipped = 0.0, 0
         for b in range(8):
             J = []
@@ -941,7 +938,7 @@ def plumbing(path):
 def test_twins_differ_in_their_methods_only():
     (banners, text, skipped), (twin_banners, twin_text, _) = (plumbing(Path(m.__file__)) for m in SCRIPTS)
     assert banners == twin_banners
-    assert banners == ["config", "sigma grid", "model", "advantages", "METHOD", "evaluation and images",
+    assert banners == ["config", "sigma grid", "model", "METHOD", "evaluation and images",
                        "checkpoint and logging", "distributed", "main"]  # fmt: skip
     assert skipped < 260 and len(text.splitlines()) > 400, "most of a script is plumbing"
     assert text == twin_text, "\n".join(
@@ -1294,7 +1291,6 @@ def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
         own = {id(p) for p in model.transformer.parameters()}
         shared = [id(p) in own for p in model.initial.parameters()]
         assert not any(shared) if model.args.full else all(shared), "LoRA: one set of frozen weights; --full: a copy"
-    assert load("--ref_kl_beta", "0").initial is None, "no copy that nothing reads"
 
 
 @pytest.mark.parametrize("zeros", [1, 256])

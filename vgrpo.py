@@ -37,7 +37,7 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from rewards import UserError, compute_rewards, fail, load_prompts, load_rewards
+from rewards import UserError, compute_rewards, fail, group_advantages, load_prompts, load_rewards
 
 ROOT = Path(__file__).resolve().parent
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -66,15 +66,13 @@ class MethodConfig:
         """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
         if self.num_pairs > self.steps:
             fail(f"--num_pairs {self.num_pairs} is more than the --steps {self.steps} it draws timesteps from.")
-        off_policy = self.update_epochs if self.update_epochs * self.num_minibatches > 1 else 0
+        steps = self.update_epochs * self.num_minibatches  # theta_old once; theta's L again in every step but the first
+        off_policy = 1 + (steps - 1) / self.num_minibatches if steps > 1 else 0
         updating = self.num_pairs * (self.update_epochs * (1 + (self.ref_kl_beta > 0)) + off_policy)
         return self.group_size, self.group_size, self.micro_batch, self.steps, updating
 
     def sample(self, velocity_fn, x, sigmas):
         return ode_sample(velocity_fn, x, sigmas, self.solver)
-
-    def uses_initial_model(self) -> bool:
-        return self.ref_kl_beta > 0
 
 
 @dataclass
@@ -183,16 +181,16 @@ class Model:
 
     def __init__(self, pipe, args: Config, device: torch.device):
         self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
-        self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
         side = args.resolution // pipe.vae_scale_factor
         if args.resolution % (2 * pipe.vae_scale_factor):
             fail(f"--resolution must be a multiple of {2 * pipe.vae_scale_factor} px (VAE times patch size).")
-        self.latent_shape = (self.vae.config.latent_channels, side, side)
+        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
         self.encoders = torch.nn.ModuleList(e for name, e in pipe.components.items() if e and "text_encoder" in name)
-        shared = {} if args.full else {id(w): w for w in self.transformer.state_dict(keep_vars=True).values()}
-        # the model before training, if the method needs it; under LoRA it shares the frozen weights
-        self.initial = copy.deepcopy(self.transformer, shared) if args.uses_initial_model() else None
+        # the model before training: under LoRA it shares the frozen weights; under --full it stays on the CPU till used
+        shared = {} if args.full else {id(w): w for w in pipe.transformer.state_dict(keep_vars=True).values()}
+        self.initial = copy.deepcopy(pipe.transformer, shared)
+        self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
         self.transformer.requires_grad_(args.full)
         if not args.full:  # LoRA on the attention projections of both streams, in fp32: bf16 would round updates away
             from peft import LoraConfig
@@ -207,13 +205,12 @@ class Model:
         self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        for transformer in filter(None, (self.transformer, self.initial) if args.compile else ()):
+        for transformer in (self.transformer, self.initial) if args.compile else ():
             transformer.compile_repeated_blocks()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Conditioning of B prompts: context (B, S, D) and pooled (B, E). Each distinct prompt is encoded once.
-        The text encoders (T5-XXL: 9.5 GB) are on the device only while they encode; the cache is on the CPU."""
+        """Context (B, S, D) and pooled (B, E) of B prompts, cached; encoders (T5: 9.5 GB) visit the device at need."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         self.encoders.to(self.device if new else "cpu")
         options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
@@ -228,7 +225,7 @@ class Model:
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
         """v(x_t, t) of the model, or of the initial one; the transformer autocasts if its weights are bf16.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
-        transformer = self.initial if initial else self.transformer
+        transformer = self.initial.to(self.device) if initial else self.transformer
         x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
         context, pooled = (repeat(c, "b ... -> (n b) ...", n=n) for c in cond)
         inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
@@ -285,28 +282,6 @@ def load_model(args: Config, device: torch.device) -> Model:
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtypes = {"transformer": torch.float32 if args.full else half, "vae": torch.float32, "default": half}
     return Model(diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent), args, device)
-
-
-# ---------------------------------------------------------------------------------------------------------- advantages
-def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
-    """Advantages relative to the group, a weighted sum over rewards.   [GRPO; per-reward normalisation: MixGRPO]
-        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped to +-clamp
-    rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
-    std: "group" or "global" (over all N), population std;  clamp: > 0, None = off
-    Returns adv (N,), exactly 0 where a group's rewards are all equal, and the metrics of the rewards.
-    Deviation: the papers say only "normalise"; population std and 1e-4 are ours."""
-    adv, metrics = 0.0, {}
-    for name, reward in rewards.items():
-        R = rearrange(reward, "(p g) -> p g", g=group_size)
-        scale = R.std(dim=1, keepdim=True, correction=0) if std == "group" else R.std(correction=0)
-        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding error is no advantage
-        adv = adv + weights[name] * torch.where(equal, 0.0, (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4))
-        metrics[f"reward/{name}"] = reward.mean()
-    metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
-    total = sum(weights[name] * reward for name, reward in rewards.items())
-    metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
-    adv = adv if clamp is None else adv.clamp(-clamp, clamp)
-    return rearrange(adv, "p g -> (p g)"), metrics
 
 
 # -------------------------------------------------------------------------------------------------------------- METHOD
@@ -381,14 +356,13 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=
     kl, ref_kl: (B,) D to the behaviour policy (x-space) and to the initial model (v-space);  None = 0
     Returns loss () and detached metrics.  Deviation: the last term is ours, off at ref_kl_beta = 0."""
     ratio = torch.exp(L_old - L_new)
-    eps = math.inf if clip_range is None else clip_range
-    bounded = ratio.clamp(1 - eps, 1 + eps) * adv
-    policy = -torch.minimum(ratio * adv, bounded).mean()
+    clipped = ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range)
+    policy = -torch.minimum(ratio * adv, clipped * adv).mean()
     kl_term = (0.0 if kl is None else kl_beta * kl.mean()) + (0.0 if ref_kl is None else ref_kl_beta * ref_kl.mean())
     metrics = {
         "loss/total": policy + kl_term, "loss/policy": policy, "loss/kl": policy + kl_term - policy,
         "policy/ratio_mean": ratio.mean(), "policy/ratio_max_dev": (ratio - 1).abs().max(),
-        "policy/clip_frac": (bounded < ratio * adv).to(adv.dtype).mean(),
+        "policy/clip_frac": (clipped * adv < ratio * adv).to(adv.dtype).mean(),
         "policy/approx_kl": (ratio - 1 - (L_old - L_new)).mean(),
     }  # fmt: skip
     return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
