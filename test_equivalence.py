@@ -1324,7 +1324,10 @@ SMALL = {vgrpo: SMALL.split(), pave_grpo: f"{SMALL} --sde_steps 0 2".split()}
 
 def run(folder, *flags, script=vgrpo):
     """main on the bundled model at a small size; returns the lines of metrics.jsonl."""
-    script.main([*SMALL[script], *(("--run_dir", str(folder)) if "--resume" not in flags else ()), *flags])
+    few = folder.parent / "few.jsonl"  # evaluation prompts
+    few.write_text("\n".join((ROOT / "prompts/shapes_test.jsonl").read_text().splitlines()[:3]))
+    place = () if "--resume" in flags else ("--run_dir", str(folder), "--eval_prompts", str(few))
+    script.main([*SMALL[script], *place, *flags])
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
