@@ -96,7 +96,7 @@ class RunConfig:
     compile: bool = flag(False, "torch.compile the transformer block by block")
     iterations: int = flag(150, "iterations of sample, reward, advantage, update")
     prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
-    group_size: int = flag(24, "G, images per prompt")
+    group_size: int = flag(24, "G, images in a group, all of one prompt")
     micro_batch: int = flag(4, "images per network call; sets memory, not results")
     steps: int = flag(40, "T, solver steps per training image")
     eval_steps: int = flag(40, "solver steps per evaluation image")

@@ -1,4 +1,4 @@
-"""Runs vgrpo.py on the bundled model over seeds and configurations and prints the README's table.
+"""Runs both scripts on the bundled model over seeds and configurations and prints the README's table.
 
     python benchmarks/seeds.py                         # all configurations and seeds; finished runs are kept
     python benchmarks/seeds.py --only default --seeds 0 1
@@ -21,21 +21,23 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATIONS = {
-    "default": [],
-    "no_ref_kl": ["--ref_kl_beta", "0"],
-    "naive_elbo": ["--no_group_shared_pairs", "--no_stratified", "--weighting", "eps"],
+    "default": "vgrpo.py",
+    "no_ref_kl": "vgrpo.py --ref_kl_beta 0",
+    "naive_elbo": "vgrpo.py --no_group_shared_pairs --no_stratified --weighting eps",
+    "pave": "pave_grpo.py",
 }
+SEEDS = {"naive_elbo": 3, "pave": 3}  # the others: 5
 
 
-def train(job: tuple[str, int]) -> None:
-    name, seed = job
+def train(name: str, command: str, seed: int) -> None:
+    """One run of a script with its flags; nothing if its results are there."""
     result, folder = HERE / f"results/{name}-s{seed}.jsonl", HERE.parent / f"runs/seeds-{name}-s{seed}"
     if result.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "vgrpo.py", "--seed", str(seed), "--run_dir", str(folder), *CONFIGURATIONS[name]]
+    words = [sys.executable, *command.split(), "--seed", str(seed), "--run_dir", str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=HERE.parent, env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words, cwd=HERE.parent, env=env, check=True, stdout=subprocess.DEVNULL)
     shutil.copy(folder / "metrics.jsonl", result)
     print("finished", name, seed, flush=True)
 
@@ -79,7 +81,7 @@ def figure() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo 0-2")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo and pave 0-2")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--figure", action="store_true")
@@ -88,9 +90,9 @@ def main() -> None:
         return figure()
     if not args.table:
         (HERE / "results").mkdir(exist_ok=True)
-        jobs = [(name, s) for name in args.only for s in args.seeds or range(3 if name == "naive_elbo" else 5)]
+        jobs = [(name, CONFIGURATIONS[name], s) for name in args.only for s in args.seeds or range(SEEDS.get(name, 5))]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(train, jobs))
+            list(pool.map(lambda job: train(*job), jobs))
     table()
 
 
