@@ -968,6 +968,21 @@ def test_network_evaluations_are_those_reported(tmp_path, script, flags):
     assert count[0] == pytest.approx(images * (line["nfe/sample"] + line["nfe/update"]) + evaluations)
 
 
+def test_readme_snippets_for_other_trainers_run():
+    """The two code blocks of "How to copy parts", executed as they stand."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for script, call, n in ((vgrpo, "vgrpo_loss(", 6), (pave_grpo, "pave_loss(", 2)):
+        (code,) = [block for block in blocks if call in block]
+        model = Curved()
+        names = dict(
+            vars(script), velocity_fn=model.velocity_fn(), noise=randn(n, *SHAPE), sigmas=GRID, i=2, num_prompts=2
+        )
+        names |= dict(group_size=3, generator=gen(), adv=randn(n, seed=1), step_noise=randn(n, 1, 1, *SHAPE, seed=2))
+        exec(code, names)
+        names["loss"].backward()
+        assert model.W.grad.abs().max() > 0 and names["metrics"]["policy/ratio_max_dev"] == 0
+
+
 # -------------------------------------------------------------------------------------------------------------- rewards
 
 
