@@ -85,7 +85,7 @@ class RunConfig:
     model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
     prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
-    reward: str = flag("jpeg=1", "name=weight,... of rewards.py or file.py:function; weight 0 = logged only")
+    reward: str = flag("hpsv2=1,clipscore=1", "name=weight,...; a name of rewards.py or file.py:function; 0 = log only")
     resolution: int = flag(512, "image height and width, px")
     guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: its embedded guidance")
     max_sequence_length: int = flag(256, "T5 tokens of a prompt")

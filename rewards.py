@@ -13,19 +13,24 @@ nothing needs registering. The name in the logs is then the function's.
 
 The advantages that the scripts train on are made here too, from all rewards of an iteration: `group_advantages`.
 
-Entries: shapes (verifier of the bundled world) and jpeg (file size). One function each; `REWARDS` names them.
+Entries: shapes (verifier of the bundled world) and jpeg (file size), functions in `REWARDS`; pickscore, clipscore,
+aesthetic and hpsv2 in `MODEL_REWARDS`, which load a model once, from the hub or from a folder (`pickscore@FOLDER=1`),
+and return the function.
 """
 
 import importlib.util
 import io
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 RewardFn = Callable[[torch.Tensor, list[str], list[dict]], torch.Tensor]
@@ -225,15 +230,185 @@ def jpeg(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torc
     return -torch.tensor(sizes, device=images.device) / 500
 
 
+# ------------------------------------------------------------------------------------------------ CLIP and its children
+
+CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+def load_pretrained(name: str, cls: type, source: str, **options):
+    """cls.from_pretrained(source), a hub id or a folder: no pickle, no remote code.  Raises UserError."""
+    try:
+        loaded = cls.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, source, error) from error
+    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def load_weights(name: str, source: str, file: str) -> dict[str, torch.Tensor]:
+    """State dict of a .pt or .pth file of a hub repository or a folder; only tensors are read, nothing is unpickled."""
+    try:
+        path = Path(source) / file if Path(source).is_dir() else hf_hub_download(source, file)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise cannot_load(name, f"{source}/{file}", error) from error
+
+
+def cannot_load(name: str, source: str, error: Exception) -> UserError:
+    """The UserError of a model that is missing, gated, damaged or unsafe."""
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    return UserError(
+        f"reward {name}: {source} cannot be loaded ({reason}); check the network, run `hf auth login` if it is gated, "
+        f"or name a folder that holds it: --reward {name}@FOLDER=1."
+    )
+
+
+def clip_pixels(images: torch.Tensor, processor, pad: bool = False) -> torch.Tensor:
+    """What CLIP's image processor does, in torch on the images' device.
+
+    Within 0.03 of its PIL path, which rounds to 8 bits; 0.08 beside saturated edges, where PIL clips twice.
+
+    images: (N, 3, H, W) in [0, 1];  processor: CLIPImageProcessor, of which size, mean and std are used
+    pad: longer side to S and black borders, else shorter side to S and a centre crop
+    Returns (N, 3, S, S), normalised.
+    """
+    S, (H, W) = processor.crop_size["height"], images.shape[2:]
+    edge = max(H, W) if pad else min(H, W)
+    h, w = int(S * H / edge), int(S * W / edge)
+    x = F.interpolate(images.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (S - h) // 2 if pad else -((h - S) // 2), (S - w) // 2 if pad else -((w - S) // 2)
+    x = F.pad(x, (left, S - w - left, top, S - h - top))  # negative: crop
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    return (x - mean) / std
+
+
+def clip_cosine(model, processor, images: torch.Tensor, prompts: list[str], pad: bool = False) -> torch.Tensor:
+    """Cosine of image and text embeddings, (N,), of a CLIPModel on the images' device."""
+    model.to(images.device)
+    tokens = processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    image = model.get_image_features(pixel_values=clip_pixels(images, processor.image_processor, pad))
+    text = model.get_text_features(**tokens.to(images.device))
+    image, text = (getattr(out, "pooler_output", out) for out in (image, text))  # transformers 5 and 4
+    return F.cosine_similarity(image, text)
+
+
+def pickscore(source: str | None = None) -> RewardFn:
+    """PickScore, a CLIP-H fine-tuned on human choices:  exp(logit_scale) cos(image, text) / 26, about 0.7...0.9.
+
+    Hub: yuvalkirstain/PickScore_v1 (MIT), processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Source: arXiv
+    2305.01569; the division by 26 is Flow-GRPO's, other code bases leave it out.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = load_pretrained("pickscore", CLIPModel, source or "yuvalkirstain/PickScore_v1", use_safetensors=True)
+    processor = load_pretrained("pickscore", CLIPProcessor, source or CLIP_H)
+    scale = model.logit_scale.exp().item() / 26
+    return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
+
+
+def clipscore(source: str | None = None) -> RewardFn:
+    """CLIPScore, agreement of image and text:  logits_per_image / 100, that is the cosine, about 0.1...0.4.
+
+    Hub: openai/clip-vit-large-patch14 (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 2.5.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = load_pretrained("clipscore", CLIPModel, source or CLIP_L, use_safetensors=True)
+    processor = load_pretrained("clipscore", CLIPProcessor, source or CLIP_L)
+    scale = model.logit_scale.exp().item() / 100  # 1 for OpenAI's weights
+    return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
+
+
+def aesthetic(source: str | None = None) -> RewardFn:
+    """LAION's aesthetic predictor: the L2-normalised CLIP-L image embedding through five linear layers; about 1...10.
+
+    Hub: openai/clip-vit-large-patch14 (MIT), head trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: DDPO, arXiv
+    2305.13301.  Ignores the prompt.
+    """
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    model = load_pretrained("aesthetic", CLIPModel, source or CLIP_L, use_safetensors=True)
+    processor = load_pretrained("aesthetic", CLIPImageProcessor, source or CLIP_L)
+    state = load_weights("aesthetic", source or "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    layers = sorted({key.rpartition(".")[0] for key in state}, key=lambda key: int(key.rpartition(".")[2]))
+
+    def reward(images, prompts, metadata):
+        image = model.to(images.device).get_image_features(pixel_values=clip_pixels(images, processor))
+        x = F.normalize(getattr(image, "pooler_output", image), dim=1)
+        for layer in layers:  # dropout between them in training, no activations
+            x = F.linear(x, state[f"{layer}.weight"].to(x), state[f"{layer}.bias"].to(x))
+        return x.squeeze(1)
+
+    return reward
+
+
+def hpsv2(source: str | None = None) -> RewardFn:
+    """HPS v2.1, a CLIP-H fine-tuned on human preferences: the plain cosine, about 0.2...0.4; not comparable to HPS v2.
+
+    Hub: xswu/HPSv2, HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict, in the architecture and with the
+    processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Images keep their aspect, on black.  Source: arXiv
+    2306.09341.
+    """
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+    state = load_weights("hpsv2", source or "xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    config = load_pretrained("hpsv2", CLIPConfig, source or CLIP_H)
+    processor = load_pretrained("hpsv2", CLIPProcessor, source or CLIP_H)
+    state = from_open_clip(state.get("state_dict", state))
+    model, found = CLIPModel.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+    if wrong:
+        raise cannot_load("hpsv2", source or "xswu/HPSv2", KeyError(f"weights do not fit: {wrong[0]}"))
+    model = model.float().eval().requires_grad_(False)
+    return lambda images, prompts, metadata: clip_cosine(model, processor, images, prompts, pad=True)
+
+
+OPEN_CLIP = {  # open_clip's names, in this order, to transformers'
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+OPEN_CLIP_BLOCK = {"attn.": "self_attn.", "ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.", "mlp.c_fc.": "mlp.fc1.",
+                   "mlp.c_proj.": "mlp.fc2."}  # fmt: skip
+
+
+def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An open_clip CLIP state dict under CLIPModel's names: fused q, k, v split, projection matrices transposed."""
+    result = {}
+    for key, value in state.items():
+        if key == "attn_mask":  # a buffer of old checkpoints
+            continue
+        prefix = next((p for p in OPEN_CLIP if key.startswith(p)), "")
+        name = OPEN_CLIP.get(prefix, "") + key[len(prefix) :]
+        if ".layers." in name:
+            for old, new in OPEN_CLIP_BLOCK.items():
+                name = name.replace(f".{old}", f".{new}")
+        if ".in_proj_" in name:
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                result[name.replace("in_proj_", f"{part}_proj.")] = tensor
+        else:
+            result[name] = value.T if key in ("visual.proj", "text_projection") else value
+    return result
+
+
 # -------------------------------------------------------------------------------------------------------------- loading
 
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
+MODEL_REWARDS = {"pickscore": pickscore, "clipscore": clipscore, "aesthetic": aesthetic, "hpsv2": hpsv2}
 
 
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
-    """Parses --reward, "name=weight,...", name a key of REWARDS or file.py:function; no weight = 1.
+    """Parses --reward, "name=weight,...", name a reward, a reward@FOLDER with its files, or file.py:function.
 
-    Returns functions and weights by name, in the order given.  Raises UserError.
+    No weight = 1.  Returns functions and weights by name, in the order given.  Raises UserError.
     """
     functions, weights = {}, {}
     for item in filter(None, (part.strip() for part in spec.split(","))):
@@ -244,9 +419,14 @@ def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
             value = math.nan
         if not math.isfinite(value):
             raise UserError(f'--reward: the weight of "{item}" is not a number; write name=weight.')
-        function = load_user_reward(name) if ":" in name else REWARDS.get(name)
+        name, _, folder = name.partition("@")
+        if name in MODEL_REWARDS:
+            function = MODEL_REWARDS[name](folder or None)
+        else:
+            function = load_user_reward(name) if ":" in name else REWARDS.get(name)
         if function is None:
-            raise UserError(f'--reward: "{name}" is none of {", ".join(REWARDS)}, nor a file.py:function.')
+            known = ", ".join([*REWARDS, *MODEL_REWARDS])
+            raise UserError(f'--reward: "{name}" is none of {known}, nor a file.py:function.')
         name = name.rpartition(":")[2]
         if name in functions:
             raise UserError(f'--reward: "{name}" is given twice.')

@@ -1131,6 +1131,191 @@ def test_reward_loading_and_checking(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
+# ------------------------------------------------------------------------------------------------- model-based rewards
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A folder with a tiny random CLIPModel and its processor, saved as a hub repository is laid out."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = make.make_tokenizer(folder / "tokenizer")
+    common = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(common, vocab_size=len(tokenizer), max_position_embeddings=12, hidden_act="gelu")
+    text |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    vision = dict(common, image_size=32, patch_size=8, hidden_act="gelu")
+    torch.manual_seed(3)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=16, logit_scale_init_value=4.6
+    )
+    model = transformers.CLIPModel(config)
+    for p in model.parameters():
+        p.data = p.data + 0.05 * torch.randn_like(p)  # biases and norms too
+    model.save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokenizer.model_max_length = 12
+    transformers.CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+PROMPTS = ["a red circle", "two blue squares", "a cyan square to the left of a red triangle"]
+PICTURES = torch.nn.functional.interpolate(torch.rand(3, 3, 12, 16, generator=gen(5)), size=(48, 64), mode="bicubic")
+PICTURES = PICTURES.clamp(0, 1)
+
+
+def clip_reference(folder, prompts=PROMPTS, images=PICTURES):
+    """Normalised embeddings in float64 by the hub processor's own PIL path."""
+    import transformers
+    from PIL import Image
+
+    model = transformers.CLIPModel.from_pretrained(folder).double().eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    pil = [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in images]
+    inputs = processor(text=prompts, images=pil, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        out = model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    return model, inputs["pixel_values"], out.image_embeds, out.text_embeds, out.logits_per_image.diagonal()
+
+
+def test_clip_pixels_equal_the_processors_pil_path(tiny_clip):
+    import transformers
+
+    processor = transformers.CLIPImageProcessor.from_pretrained(tiny_clip)
+    for size in ((48, 64), (64, 48), (33, 100)):
+        images = torch.nn.functional.interpolate(PICTURES, size=size, mode="bicubic").clamp(0, 1)
+        for scale, tolerance in ((0.5, 0.03), (1.0, 0.08)):  # mild, and with saturated edges
+            x = 0.25 + scale * (images - 0.25)
+            expected = clip_reference(tiny_clip, images=x)[1]
+            close(rewards.clip_pixels(x, processor), expected, tolerance, f"pixels from {size}, normalised units")
+    padded = rewards.clip_pixels(PICTURES, processor, pad=True)
+    assert padded.shape == (3, 3, 32, 32)
+    black = (-torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)).view(1, 3, 1, 1)
+    border = torch.cat([padded[:, :, :4], padded[:, :, 28:]], dim=2)
+    close(border, black.expand_as(border), 1e-6, "black borders above and below a wide image")
+    assert padded[:, :, 4:28].std() > 0.1
+
+
+def test_pickscore_and_clipscore_equal_their_formulas(tiny_clip):
+    _, _, _, _, logits = clip_reference(tiny_clip)
+    functions, weights = rewards.load_rewards(f"pickscore@{tiny_clip}=1,clipscore@{tiny_clip}=0")
+    assert weights == {"pickscore": 1.0, "clipscore": 0.0}
+    found = rewards.compute_rewards(functions, PICTURES, [{"prompt": p} for p in PROMPTS], micro_batch=2)
+    close(found["pickscore"] / (logits.abs().max() / 26), logits / logits.abs().max(), 5e-3, "pickscore, relative")
+    close(found["clipscore"], logits / 100, 5e-3, "clipscore")
+    assert found["pickscore"].dtype == torch.float32 and found["pickscore"].std() > 0
+
+
+def test_aesthetic_equals_its_formula(tiny_clip):
+    sizes, layers, state = [16, 24, 12, 8, 4, 1], [0, 2, 4, 6, 7], {}
+    for layer, (a, b) in zip(layers, itertools.pairwise(sizes), strict=True):
+        state[f"layers.{layer}.weight"] = torch.randn(b, a, generator=gen(layer))
+        state[f"layers.{layer}.bias"] = torch.randn(b, generator=gen(layer + 20))
+    torch.save(state, tiny_clip / "aesthetic-model.pth")
+    x = torch.nn.functional.normalize(clip_reference(tiny_clip)[2], dim=1)
+    for layer in layers:
+        x = x @ state[f"layers.{layer}.weight"].double().T + state[f"layers.{layer}.bias"].double()
+    found = rewards.aesthetic(str(tiny_clip))(PICTURES, PROMPTS, [{}] * 3)
+    close(found / x.abs().max(), x[:, 0] / x.abs().max(), 2e-2, "aesthetic, relative")
+
+
+def open_clip_forward(state, pixels, tokens, heads=2):
+    """Embeddings by open_clip's layout: fused attention input projections, projection matrices on the right."""
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def blocks(x, prefix, mask):
+        for i in range(2):
+            p, y = f"{prefix}transformer.resblocks.{i}.", norm(x, f"{prefix}transformer.resblocks.{i}.ln_1")
+            q, k, v = (y @ state[p + "attn.in_proj_weight"].T + state[p + "attn.in_proj_bias"]).chunk(3, dim=-1)
+            q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
+            scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + mask
+            y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+            x = x + y @ state[p + "attn.out_proj.weight"].T + state[p + "attn.out_proj.bias"]
+            y = norm(x, p + "ln_2") @ state[p + "mlp.c_fc.weight"].T + state[p + "mlp.c_fc.bias"]
+            x = x + torch.nn.functional.gelu(y) @ state[p + "mlp.c_proj.weight"].T + state[p + "mlp.c_proj.bias"]
+        return x
+
+    x = torch.nn.functional.conv2d(pixels, state["visual.conv1.weight"], stride=8).flatten(2).transpose(1, 2)
+    x = (
+        torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1)
+        + state["visual.positional_embedding"]
+    )
+    image = norm(blocks(norm(x, "visual.ln_pre"), "visual.", 0.0)[:, 0], "visual.ln_post") @ state["visual.proj"]
+    length, ends = tokens.shape[1], (tokens == tokens.max()).int().argmax(dim=1)
+    mask = torch.full((length, length), -math.inf, dtype=pixels.dtype).triu(1)
+    x = state["token_embedding.weight"][tokens] + state["positional_embedding"][:length]
+    x = norm(blocks(x, "", mask), "ln_final")[torch.arange(len(tokens)), ends]
+    return torch.nn.functional.cosine_similarity(image, x @ state["text_projection"])
+
+
+def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
+    """A random state dict in open_clip's layout gives the same score through the key map as through its own forward."""
+    import shutil
+
+    import transformers
+
+    processor = transformers.CLIPProcessor.from_pretrained(tiny_clip)
+    vocabulary, d, state = len(processor.tokenizer), 32, {"logit_scale": torch.tensor(4.0)}
+    shapes = {"visual.class_embedding": (d,), "visual.positional_embedding": (17, d), "visual.proj": (d, 16),
+              "visual.conv1.weight": (d, 3, 8, 8), "token_embedding.weight": (vocabulary, d),
+              "positional_embedding": (12, d), "text_projection": (d, 16)}  # fmt: skip
+    for prefix in ("visual.", ""):
+        names = ["ln_pre", "ln_post"] if prefix else ["ln_final"]
+        for i in range(2):
+            p = f"transformer.resblocks.{i}."
+            names += [f"{p}ln_1", f"{p}ln_2"]
+            for part, (a, b) in {"attn.in_proj_": (3 * d, d), "attn.out_proj.": (d, d), "mlp.c_fc.": (64, d),
+                                 "mlp.c_proj.": (d, 64)}.items():  # fmt: skip
+                shapes |= {f"{prefix}{p}{part}weight": (a, b), f"{prefix}{p}{part}bias": (a,)}
+        shapes |= {f"{prefix}{name}.{kind}": (d,) for name in names for kind in ("weight", "bias")}
+    state |= {name: 0.3 * torch.randn(shape, generator=gen(i)) for i, (name, shape) in enumerate(shapes.items())}
+    folder = tmp_path / "hps"
+    shutil.copytree(tiny_clip, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
+    found = rewards.hpsv2(str(folder))(PICTURES, PROMPTS, [{}] * 3)
+    tokens = processor.tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids
+    pixels = rewards.clip_pixels(PICTURES, processor.image_processor, pad=True).double()
+    expected = open_clip_forward({k: v.double() for k, v in state.items()}, pixels, tokens)
+    close(found, expected, 1e-5, "hpsv2 against open_clip's forward")
+    assert expected.std() > 0.01
+    torch.save(
+        {"state_dict": {k: v for k, v in state.items() if "ln_final" not in k}}, folder / "HPS_v2.1_compressed.pt"
+    )
+    with pytest.raises(rewards.UserError, match=r"hpsv2.*do not fit.*final_layer_norm"):
+        rewards.hpsv2(str(folder))
+
+
+def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_path, monkeypatch):
+    import os
+    import pickle
+    import shutil
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    folder = tmp_path / "bad"
+    shutil.copytree(tiny_clip, folder)
+    for file in ("HPS_v2.1_compressed.pt", "aesthetic-model.pth"):
+        (folder / file).write_bytes(pickle.dumps(Malicious()))
+    (folder / "model.safetensors").rename(folder / "hidden")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in rewards.MODEL_REWARDS:
+        if name == "aesthetic":
+            (folder / "hidden").rename(folder / "model.safetensors")  # past CLIP, to the head
+        for spec in (f"{name}@{folder}", f"{name}@{tmp_path}/nowhere", name):
+            with pytest.raises(rewards.UserError, match=rf"reward {name}: .*cannot be loaded.*{name}@FOLDER") as error:
+                rewards.load_rewards(spec)
+            assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "owned").exists(), "the pickle is a real one"
+
+
 def test_prompt_files(tmp_path):
     txt, jsonl = tmp_path / "a.txt", tmp_path / "a.jsonl"
     txt.write_bytes("\ufeffa red fox\r\n\r\n  two caf\u00e9s  \n".encode())

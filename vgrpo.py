@@ -81,7 +81,7 @@ class RunConfig:
     model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
     prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
-    reward: str = flag("jpeg=1", "name=weight,... of rewards.py or file.py:function; weight 0 = logged only")
+    reward: str = flag("hpsv2=1,clipscore=1", "name=weight,...; a name of rewards.py or file.py:function; 0 = log only")
     resolution: int = flag(512, "image height and width, px")
     guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: its embedded guidance")
     max_sequence_length: int = flag(256, "T5 tokens of a prompt")
@@ -124,10 +124,10 @@ PRESETS = {
     "tiny": dict(prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
                  reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=16, group_size=12,
                  micro_batch=96, steps=10, eval_steps=10, eval_samples=4, iterations=50, lr=2e-4, ref_kl_beta=0.1),
-    "sd3": dict(),
-    "flux": dict(resolution=720, guidance_scale=3.5, max_sequence_length=512, iterations=300, group_size=12, steps=16,
-                 eval_steps=28, micro_batch=1, grad_checkpointing=True, lora_rank=64, lora_alpha=128, lr=1e-4,
-                 clip_range=1e-2),
+    "sd3": dict(reward="hpsv2=1,pickscore=1,clipscore=1"),
+    "flux": dict(reward="hpsv2=1,pickscore=1", resolution=720, guidance_scale=3.5, max_sequence_length=512,
+                 group_size=12, steps=16, eval_steps=28, micro_batch=1, grad_checkpointing=True, lora_rank=64,
+                 lora_alpha=128, lr=1e-4, clip_range=1e-2, iterations=300),
 }  # fmt: skip
 
 
