@@ -127,7 +127,7 @@ MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "re
 PRESETS = {
     "tiny": dict(prompts=str(ROOT / "prompts/shapes_train.jsonl"), eval_prompts=str(ROOT / "prompts/shapes_test.jsonl"),
                  reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=8, group_size=12,
-                 micro_batch=96, steps=10, eval_steps=10, eval_samples=4, iterations=50, lr=2e-4),
+                 micro_batch=96, steps=10, eval_steps=10, eval_samples=4, iterations=80, lr=2e-4, sde="cps"),
     "sd3": dict(prompts_per_iter=12, guidance_scale=4.5, steps=16, clip_range=1e-4, kl_beta=0.01),
     "flux": dict(guidance_scale=3.5, max_sequence_length=512, iterations=300, prompts_per_iter=8, group_size=12,
                  steps=16, eval_steps=28, grad_checkpointing=True, lora_rank=64, lora_alpha=128, lr=1e-4),

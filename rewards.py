@@ -14,16 +14,24 @@ nothing needs registering. The name in the logs is then the function's.
 The advantages that the scripts train on are made here too, from all rewards of an iteration: `group_advantages`.
 
 Entries: shapes (verifier of the bundled world) and jpeg (file size), functions in `REWARDS`; pickscore, clipscore,
-aesthetic and hpsv2 in `MODEL_REWARDS`, which load a model once, from the hub or from a folder (`pickscore@FOLDER=1`),
-and return the function.
+aesthetic, hpsv2 and vlm in `MODEL_REWARDS`, which load a model once, from the hub or from a folder
+(`pickscore@FOLDER=1`; vlm: from an endpoint), and return the function.
 """
 
+import base64
+import http.client
 import importlib.util
 import io
 import json
 import math
+import os
 import pickle
+import re
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -399,10 +407,72 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------------------ vlm
+
+VLM_TIMEOUT, VLM_RETRIES, VLM_BACKOFF, VLM_REQUESTS = 120.0, 3, 2.0, 16  # s, tries after the first, s, at the same time
+VLM_QUESTION = (
+    "This image was generated for the prompt: {prompt}\nRate how well it shows what the prompt asks for, and how good "
+    'it looks, from 1 (poor) to 5 (perfect). Think briefly, then end with one line: "Final Score: x".'
+)
+
+
+def vlm(source: str | None = None) -> RewardFn:
+    """A vision-language model as judge, over an OpenAI-compatible chat endpoint:  "Final Score: x" / 5, 0.2...1.
+
+    source: the endpoint, --reward vlm@http://HOST:PORT/v1=1, served by vLLM or SGLang with, for one,
+    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b. Its first model judges;
+    OPENAI_API_KEY is sent if it is set. Images go as PNG data URLs, temperature 0. Source: arXiv 2503.05236.
+    Raises UserError, in use, if an image gets no answer after VLM_RETRIES or an answer without a score.
+    """
+    if not (source or "").startswith(("http://", "https://")):
+        raise UserError("reward vlm needs an endpoint: --reward vlm@http://HOST:PORT/v1=1.")
+    model = call_vlm(source, "/models")["data"][0]["id"]
+
+    def judge(pixels, prompt):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        question = {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}
+        content = [{"type": "image_url", "image_url": {"url": url}}, question]
+        body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        reply = call_vlm(source, "/chat/completions", body)["choices"][0]["message"]["content"]
+        scores = re.findall(r"Final Score:\W*([1-5](?:\.\d+)?)\b", reply)
+        if not scores or float(scores[-1]) > 5:
+            raise UserError(f"reward vlm: no score from 1 to 5 in the answer {reply[-200:]!r}.")
+        return float(scores[-1]) / 5
+
+    def reward(images, prompts, metadata):
+        pixels = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        with ThreadPoolExecutor(VLM_REQUESTS) as pool:
+            return torch.tensor(list(pool.map(judge, pixels, prompts)), device=images.device)
+
+    return reward
+
+
+def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
+    """The JSON that an endpoint answers; tried again with growing pauses if it fails or is silent. Raises UserError."""
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+    }
+    data = None if body is None else json.dumps(body).encode()
+    for attempt in range(VLM_RETRIES + 1):
+        try:
+            request = urllib.request.Request(endpoint.rstrip("/") + path, data, headers)
+            with urllib.request.urlopen(request, timeout=VLM_TIMEOUT) as answer:
+                return json.load(answer)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # refused, silent, 5xx, not JSON
+            reason = error
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                break
+            time.sleep(VLM_BACKOFF * 2**attempt if attempt < VLM_RETRIES else 0)
+    raise UserError(f"reward vlm: {endpoint}{path} does not answer ({reason}).")
+
+
 # -------------------------------------------------------------------------------------------------------------- loading
 
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
-MODEL_REWARDS = {"pickscore": pickscore, "clipscore": clipscore, "aesthetic": aesthetic, "hpsv2": hpsv2}
+MODEL_REWARDS = {"pickscore": pickscore, "clipscore": clipscore, "aesthetic": aesthetic, "hpsv2": hpsv2, "vlm": vlm}
 
 
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:

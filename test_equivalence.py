@@ -1304,7 +1304,7 @@ def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_
     (folder / "model.safetensors").rename(folder / "hidden")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in rewards.MODEL_REWARDS:
+    for name in [name for name in rewards.MODEL_REWARDS if name != "vlm"]:
         if name == "aesthetic":
             (folder / "hidden").rename(folder / "model.safetensors")  # past CLIP, to the head
         for spec in (f"{name}@{folder}", f"{name}@{tmp_path}/nowhere", name):
@@ -1314,6 +1314,98 @@ def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_
     assert not (tmp_path / "owned").exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert (tmp_path / "owned").exists(), "the pickle is a real one"
+
+
+@pytest.fixture
+def judge_server(monkeypatch):
+    """An OpenAI-compatible server on loopback; `behaviour` maps the number of a chat request to what it does."""
+    import http.server
+    import threading
+    import time
+
+    requests, behaviour = [], {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, payload, code=200):
+            data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.answer({"data": [{"id": "judge"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(body)
+            act = behaviour.get(len(requests) - 1, behaviour.get("always", "score"))
+            if act == "fail":
+                return self.answer({"error": "busy"}, 503)
+            if act == "reject":
+                return self.answer({"error": "no such model"}, 404)
+            if act == "silent":
+                return time.sleep(1.5)
+            if act == "delay":
+                time.sleep(0.2)
+            prompt = body["messages"][0]["content"][1]["text"]
+            score = {"a": "3", "b": "4.5", "c": "5"}[re.search(r"prompt: (\w)", prompt)[1]]
+            text = "I like it." if act == "rubbish" else f"Score 1? No.\n**Final Score: {score}**"
+            return self.answer(b"<html>" if act == "html" else {"choices": [{"message": {"content": text}}]})
+
+        def log_message(self, *args):
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(rewards, "VLM_BACKOFF", 0.01)
+    monkeypatch.setattr(rewards, "VLM_TIMEOUT", 0.5)
+    yield f"http://127.0.0.1:{server.server_port}/v1", requests, behaviour
+    server.shutdown()
+    server.server_close()
+
+
+def test_vlm_over_http(judge_server):
+    import base64
+    import io
+
+    from PIL import Image
+
+    url, requests, behaviour = judge_server
+    functions, _ = rewards.load_rewards(f"vlm@{url}=0.5")
+    lines = [{"prompt": p} for p in "abc"]
+    scores = torch.tensor([0.6, 0.9, 1.0])
+    close(rewards.compute_rewards(functions, PICTURES, lines)["vlm"], scores, 1e-6, "scores")
+    sent = {body["messages"][0]["content"][1]["text"].split("prompt: ")[1][0]: body for body in requests}
+    data = base64.b64decode(sent["b"]["messages"][0]["content"][0]["image_url"]["url"].split(",")[1])
+    pixels = torch.from_numpy(np.asarray(Image.open(io.BytesIO(data))).copy()).permute(2, 0, 1) / 255
+    close(pixels, PICTURES[1], 0.5 / 255 + 1e-6, "the image that was sent")
+    assert sent["b"]["temperature"] == 0 and sent["b"]["model"] == "judge"
+    for acts in ({"always": "delay"}, {0: "fail", 1: "fail"}, {0: "html"}, {1: "silent"}):
+        requests.clear()
+        behaviour.clear()
+        behaviour.update(acts)
+        close(rewards.compute_rewards(functions, PICTURES, lines)["vlm"], scores, 1e-6, f"scores, server: {acts}")
+    for act, message, tries in (
+        ("fail", "503", 12),
+        ("rubbish", "I like it", 3),
+        ("reject", "404", 3),
+        ("silent", "", 4),
+    ):
+        requests.clear()
+        behaviour.clear()
+        behaviour["always"] = act
+        count = 1 if act == "silent" else 3
+        with pytest.raises(rewards.UserError, match=f"reward vlm.*{message}"):
+            rewards.compute_rewards(functions, PICTURES[:count], lines[:count])
+        assert len(requests) <= tries, "no endless retries, none where they cannot help"
+
+
+def test_vlm_needs_an_endpoint(monkeypatch):
+    monkeypatch.setattr(rewards, "VLM_BACKOFF", 0.01)
+    for spec, message in (("vlm", "needs an endpoint"), ("vlm@http://127.0.0.1:9/v1", "does not answer")):
+        with pytest.raises(rewards.UserError, match=message):
+            rewards.load_rewards(spec)
 
 
 def test_prompt_files(tmp_path):
