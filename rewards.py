@@ -498,8 +498,8 @@ def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
             known = ", ".join([*REWARDS, *MODEL_REWARDS])
             raise UserError(f'--reward: "{name}" is none of {known}, nor a file.py:function.')
         name = name.rpartition(":")[2]
-        if name in functions:
-            raise UserError(f'--reward: "{name}" is given twice.')
+        if name in functions or name in ("mean", "std"):  # reward/mean and reward/std are the totals
+            raise UserError(f'--reward: "{name}" is given twice, or a name of the totals.')
         functions[name], weights[name] = function, value
     if not any(weights.values()):
         raise UserError(f'--reward "{spec}" gives no reward a weight other than 0.')

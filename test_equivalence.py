@@ -521,8 +521,9 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("check, function, old, new", MUTATIONS)
 def test_mutations_are_caught(check, function, old, new):
+    broken = mutant(function, old, new)
     with pytest.raises(Exception):  # noqa: B017 (a broken formula may fail an assertion or break altogether)
-        check(mutant(function, old, new))
+        check(broken)
 
 
 @pytest.mark.parametrize(
@@ -535,8 +536,9 @@ def test_mutations_are_caught(check, function, old, new):
     ],
 )
 def test_mutations_of_the_update_are_caught(old, new):
+    broken = mutant(vgrpo.backward_pairs, old, new)
     with pytest.raises(AssertionError):
-        check_update(mutant(vgrpo.backward_pairs, old, new), kl_beta=0.5, ref_kl_beta=0.3, clip_range=0.05)
+        check_update(broken, kl_beta=0.5, ref_kl_beta=0.3, clip_range=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------------ Pave-GRPO
@@ -897,23 +899,25 @@ PAVE_MUTATIONS = [
 
 @pytest.mark.parametrize("check, function, old, new", PAVE_MUTATIONS)
 def test_pave_mutations_are_caught(check, function, old, new):
+    broken = mutant(function, old, new)
     with pytest.raises(Exception):  # noqa: B017 (a broken formula may fail an assertion or break altogether)
-        check(mutant(function, old, new))
+        check(broken)
 
 
 @pytest.mark.parametrize(
     "old, new, changes",
     [
         ("else old[0]", "else old[0].flip(0)", OFF_POLICY),
-        ("stds[0] ** 2", "stds[1] ** 2", OFF_POLICY),
-        ("mean.detach() + std * noise", "mean + std * noise", dict(splits=[2], target="coupled")),
-        ("noise = (x_s - means[0].detach()) / stds[0]", "noise = (x_s - means[0].detach()) / stds[1]",
+        ("(2 * std**2)", "(2 * gaussians[1][1]**2)", OFF_POLICY),
+        ("mean_k.detach() + std_k * noise", "mean_k + std_k * noise", dict(splits=[2], target="coupled")),
+        ("(targets[0] - mean.detach()) / std", "(targets[0] - mean.detach()) / gaussians[1][1]",
          dict(splits=[2], target="coupled")),
     ],
 )  # fmt: skip
 def test_mutations_of_the_pave_update_are_caught(old, new, changes):
+    broken = mutant(pave_grpo.transition_loss, old, new)
     with pytest.raises(AssertionError):
-        check_pave_update(mutant(pave_grpo.transition_loss, old, new), **changes)
+        check_pave_update(broken, **changes)
 
 
 # ----------------------------------------------------------------------------------------------------------- both twins
@@ -1583,6 +1587,19 @@ def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
         own = {id(p) for p in model.transformer.parameters()}
         shared = [id(p) in own for p in model.initial.parameters()]
         assert not any(shared) if model.args.full else all(shared), "LoRA: one set of frozen weights; --full: a copy"
+
+
+def test_compile_covers_the_blocks_of_both_models(tmp_path):
+    flux = vgrpo.parse_args(["--model", str(flux_pipeline(tmp_path)), *FLUX_FLAGS, "--compile"])
+    models = [load("--compile"), vgrpo.load_model(flux, torch.device("cpu"))]
+    for net, blocks in ((models[0].initial, 4), (models[0].transformer, 4), (models[1].transformer, 2)):
+        assert sum(module._compiled_call_impl is not None for module in net.modules()) == blocks
+
+
+def test_encoding_ahead_caches_without_stacking():
+    model = load()
+    context, _ = model.encode([""], "a red circle", "a blue square", "a red circle")
+    assert len(context) == 1 and set(model.cache) == {"", "a red circle", "a blue square"}
 
 
 @pytest.mark.parametrize("zeros", [1, 256])

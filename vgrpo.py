@@ -107,8 +107,8 @@ class RunConfig:
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
     save_every: int = flag(10, "iterations between checkpoints")
-    run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED")
-    resume: str = flag("", "run folder to continue with its own flags; flags given beside it win")
+    run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED-TIME")
+    resume: str = flag("", "run folder to continue, with its own flags unless they are given beside it")
 
 
 @dataclass
@@ -155,7 +155,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
         if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
             fail(f"--{name} is {value}; it must be positive.")
     if args.group_size < 2 or args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
-        fail("--group_size must be at least 2, --prompts_per_iter a multiple of --num_minibatches x processes.")
+        fail(
+            f"--group_size must be at least 2; --prompts_per_iter a multiple of --num_minibatches x {WORLD_SIZE} ranks."
+        )
     return args
 
 
@@ -197,7 +199,7 @@ class Model:
 
             layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
             config = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
-            with torch.random.fork_rng():  # peft draws from the global generator
+            with torch.random.fork_rng([]):  # peft draws from the global generator
                 torch.manual_seed(generator_for(args.seed, "lora").initial_seed())
                 self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
             for p in filter(lambda p: p.requires_grad, self.transformer.parameters()):
@@ -205,13 +207,13 @@ class Model:
         self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        for transformer in (self.transformer, self.initial) if args.compile else ():
-            transformer.compile_repeated_blocks()
+        for net in (self.transformer, self.initial) if args.compile else ():
+            _ = [b.compile() for b in (*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ()))]
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, prompts: list[str], *ahead: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, S, D) and pooled (B, E) of B prompts, cached; encoders (T5: 9.5 GB) visit the device at need."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        new = [prompt for prompt in dict.fromkeys([*prompts, *ahead]) if prompt not in self.cache]
         self.encoders.to(self.device if new else "cpu")
         options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
         options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
@@ -223,7 +225,7 @@ class Model:
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
-        """v(x_t, t) of the model, or of the initial one; the transformer autocasts if its weights are bf16.
+        """v(x_t, t) of the model, or of the initial one; the transformer autocasts if the text encoders are bf16.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
         transformer = self.initial.to(self.device) if initial else self.transformer
         x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
@@ -532,10 +534,10 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
     if RANK == 0:
-        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        (run_dir / "samples").mkdir(parents=True, exist_ok=bool(args.resume))  # never over another run
         shutil.copy(__file__, run_dir)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         config = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
         (run_dir / "config.json").write_text(json.dumps(config, indent=1))
     log_path = run_dir / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
@@ -546,13 +548,13 @@ def main(argv: list[str] | None = None) -> None:
     passes = range(-(-args.iterations * P // len(train_lines)))  # endless reshuffled passes over the prompt file
     orders = [torch.randperm(len(train_lines), generator=generator_for(args.seed, i, "prompts")) for i in passes]
     schedule = [train_lines[i] for i in torch.cat(orders).tolist()][: args.iterations * P]
-    model.encode([line["prompt"] for line in eval_lines + schedule[done * P :]])
+    model.encode([""], *(line["prompt"] for line in eval_lines + schedule[done * P :]))
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
     if not done:
         print(json.dumps({"iteration": 0} | before), file=log)
     norms, stop = [], []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
-        signal.signal(number, lambda *_: stop.append(True))
+        signal.signal(number, lambda *_: stop.append(tqdm.write("Stopping after this iteration.")))
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
         lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
