@@ -155,9 +155,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
             fail(f"--{name} is {value}; it must be positive.")
     if args.group_size < 2 or args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
-        fail(
-            f"--group_size must be at least 2; --prompts_per_iter a multiple of --num_minibatches x {WORLD_SIZE} ranks."
-        )
+        fail(f"--group_size must be at least 2, --prompts_per_iter a multiple of {WORLD_SIZE} x --num_minibatches.")
     return args
 
 
