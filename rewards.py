@@ -14,7 +14,7 @@ nothing needs registering. The name in the logs is then the function's.
 The advantages that the scripts train on are made here too, from all rewards of an iteration: `group_advantages`.
 
 Entries: shapes (verifier of the bundled world) and jpeg (file size), functions in `REWARDS`; pickscore, clipscore,
-aesthetic, hpsv2 and vlm in `MODEL_REWARDS`, which load a model once, from the hub or from a folder
+aesthetic, hpsv2, ocr and vlm in `MODEL_REWARDS`, which load a model once, from the hub or from a folder
 (`pickscore@FOLDER=1`; vlm: from an endpoint), and return the function.
 """
 
@@ -247,7 +247,7 @@ def load_pretrained(name: str, cls: type, source: str, **options):
     """cls.from_pretrained(source), a hub id or a folder: no pickle, no remote code.  Raises UserError."""
     try:
         loaded = cls.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of another class than expected, a folder raises anything
         raise cannot_load(name, source, error) from error
     return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
 
@@ -284,7 +284,11 @@ def clip_pixels(images: torch.Tensor, processor, pad: bool = False) -> torch.Ten
     h, w = int(S * H / edge), int(S * W / edge)
     x = F.interpolate(images.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (S - h) // 2 if pad else -((h - S) // 2), (S - w) // 2 if pad else -((w - S) // 2)
-    x = F.pad(x, (left, S - w - left, top, S - h - top))  # negative: crop
+    return normalised(F.pad(x, (left, S - w - left, top, S - h - top)), processor)  # negative: crop
+
+
+def normalised(x: torch.Tensor, processor) -> torch.Tensor:
+    """(x - mean) / std with a hub image processor's channel means and stds;  x: (N, 3, H, W)."""
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     return (x - mean) / std
 
@@ -407,6 +411,61 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------------------ ocr
+
+
+def ocr(source: str | None = None) -> RewardFn:
+    """Text rendering: 1 if the text asked for is in what GOT-OCR 2.0 reads, else 1 - min(edits, n) / n, n its length.
+
+    The text: metadata "text", or what stands between the first two double quotes of the prompt; compared in lower case
+    without spaces. Hub: stepfun-ai/GOT-OCR-2.0-hf (Apache-2.0).  Range 0...1.  Source: Flow-GRPO, arXiv 2505.05470,
+    with another reader. Alone and without a KL it blanks the background: log another reward beside it, clipscore=0.
+    """
+    from transformers import GotOcr2ForConditionalGeneration, GotOcr2Processor
+
+    name = source or "stepfun-ai/GOT-OCR-2.0-hf"
+    model = load_pretrained("ocr", GotOcr2ForConditionalGeneration, name, use_safetensors=True)
+    processor = load_pretrained("ocr", GotOcr2Processor, name)
+    question = processor(Image.new("RGB", (64, 64)), return_tensors="pt").input_ids  # the same for every image
+    stop = {"tokenizer": processor.tokenizer, "stop_strings": "<|im_end|>", "do_sample": False, "max_new_tokens": 64}
+
+    def reward(images, prompts, metadata):
+        targets = [ocr_target(prompt, meta) for prompt, meta in zip(prompts, metadata, strict=True)]
+        pixels = stretched_pixels(images, processor.image_processor)
+        ids = question.to(images.device).expand(len(images), -1)
+        out = model.to(images.device).generate(input_ids=ids, attention_mask=ids * 0 + 1, pixel_values=pixels, **stop)
+        read = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return torch.tensor([ocr_score(*pair) for pair in zip(read, targets, strict=True)], device=images.device)
+
+    return reward
+
+
+def stretched_pixels(images: torch.Tensor, processor) -> torch.Tensor:
+    """Images (N, 3, H, W) in [0, 1] at the processor's height and width, whatever their aspect, and normalised."""
+    size = (processor.size["height"], processor.size["width"])
+    x = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+    return normalised(x.clamp(0, 1), processor)
+
+
+def ocr_target(prompt: str, meta: dict) -> str:
+    """The text that an image shall show.  Raises UserError if neither metadata nor quotes give one."""
+    text = meta.get("text") or (prompt.split('"')[1] if prompt.count('"') >= 2 else "")
+    if not "".join(str(text).split()):
+        raise UserError(f"reward ocr: prompt '{prompt}' has no text in double quotes and no metadata \"text\".")
+    return str(text)
+
+
+def ocr_score(read: str, target: str) -> float:
+    """1 if target is part of read, else 1 - min(Levenshtein distance, n) / n; n = len(target), no case, no spaces."""
+    read, target = ("".join(text.lower().split()) for text in (read, target))
+    row = list(range(len(target) + 1))
+    for i, a in enumerate(read, 1):
+        previous, row = row, [i]
+        for j, b in enumerate(target, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
+    return 1.0 if target in read else 1 - min(row[-1], len(target)) / len(target)
+
+
 # ------------------------------------------------------------------------------------------------------------------ vlm
 
 VLM_TIMEOUT, VLM_RETRIES, VLM_BACKOFF, VLM_REQUESTS = 120.0, 3, 2.0, 16  # s, tries after the first, s, at the same time
@@ -472,7 +531,14 @@ def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
-MODEL_REWARDS = {"pickscore": pickscore, "clipscore": clipscore, "aesthetic": aesthetic, "hpsv2": hpsv2, "vlm": vlm}
+MODEL_REWARDS = {
+    "pickscore": pickscore,
+    "clipscore": clipscore,
+    "aesthetic": aesthetic,
+    "hpsv2": hpsv2,
+    "ocr": ocr,
+    "vlm": vlm,
+}
 
 
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:

@@ -1412,6 +1412,66 @@ def test_vlm_needs_an_endpoint(monkeypatch):
             rewards.load_rewards(spec)
 
 
+def test_ocr_string_rules():
+    assert rewards.ocr_target('a sign that says "Open Now" in red', {}) == "Open Now"
+    assert rewards.ocr_target('a "x"', {"text": "from metadata"}) == "from metadata"
+    for prompt in ("no quotes", 'one " quote', '""', '" "'):
+        with pytest.raises(rewards.UserError, match="reward ocr"):
+            rewards.ocr_target(prompt, {})
+    cases = [("open now!", "Open Now", 1.0), ("OPENNOW", "open now", 1.0), ("", "abcd", 0.0), ("abcx", "abcd", 0.75)]
+    cases += [
+        ("bcd", "abcd", 0.75),
+        ("wholly other words", "abcd", 0.0),
+        ("acbd", "abcd", 0.5),
+        ("kitten", "sitting", 4 / 7),
+    ]
+    for read, target, expected in cases:
+        assert rewards.ocr_score(read, target) == pytest.approx(expected), (read, target)
+
+
+def test_ocr_reads_like_the_hub_pipeline(tmp_path):
+    """A tiny random GOT-OCR: what it reads from our pixels is what it reads through its processor's PIL path."""
+    import transformers
+    from PIL import Image
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
+    letters = [*special, "\u0120", "\u010a", *map(chr, range(33, 127))]
+    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=special[0], eos_token=special[2], additional_special_tokens=special
+    )
+    vision = dict(hidden_size=16, output_channels=16, num_hidden_layers=1, num_attention_heads=1, mlp_dim=16,
+                  image_size=1024, patch_size=16, window_size=8, global_attn_indexes=[])  # fmt: skip
+    text = dict(model_type="qwen2", vocab_size=len(letters), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.GotOcr2Config(vision_config=vision, text_config=text, image_token_index=5)
+    model = transformers.GotOcr2ForConditionalGeneration(config).eval()
+    for p in model.parameters():
+        p.data = p.data + 0.3 * torch.randn_like(p)  # so that it reads something
+    model.save_pretrained(tmp_path)
+    images = transformers.GotOcr2ImageProcessor(size={"height": 1024, "width": 1024})
+    processor = transformers.GotOcr2Processor(image_processor=images, tokenizer=tokenizer)
+    processor.save_pretrained(tmp_path)
+    pictures = (torch.nn.functional.interpolate(PICTURES[:2], size=(1024, 1024)) * 255).round() / 255
+    inputs = processor(
+        [Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()) for x in pictures], return_tensors="pt"
+    )
+    close(rewards.stretched_pixels(pictures, images), inputs["pixel_values"], 1e-5, "pixels at the processor's size")
+    out = model.generate(**inputs, do_sample=False, tokenizer=tokenizer, stop_strings="<|im_end|>", max_new_tokens=64)
+    expected = processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    functions, _ = rewards.load_rewards(f"ocr@{tmp_path}")
+    lines, read, score = [{"prompt": 'says "HI"'}, {"prompt": "b", "text": "Q"}], [], rewards.ocr_score
+    with unittest.mock.patch.object(
+        rewards, "ocr_score", lambda text, target: read.append(text) or score(text, target)
+    ):
+        found = rewards.compute_rewards(functions, pictures, lines)["ocr"]
+    assert read == expected and any(text.strip() for text in expected), expected
+    assert found.tolist() == pytest.approx([score(expected[0], "HI"), score(expected[1], "Q")])
+
+
 def test_prompt_files(tmp_path):
     txt, jsonl = tmp_path / "a.txt", tmp_path / "a.jsonl"
     txt.write_bytes("\ufeffa red fox\r\n\r\n  two caf\u00e9s  \n".encode())
