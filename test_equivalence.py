@@ -17,6 +17,7 @@ import math
 import random
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -950,6 +951,14 @@ def test_twins_differ_in_their_methods_only():
     )
 
 
+@pytest.mark.skipif(shutil.which("diff") is None, reason="needs diff")
+def test_readme_quotes_the_size_of_the_diff():
+    files = [Path(script.__file__) for script in SCRIPTS]
+    out = subprocess.run(["diff", *map(str, files)], capture_output=True, text=True).stdout
+    changed, total = len(re.findall("^[<>]", out, re.M)), sum(len(f.read_text().splitlines()) for f in files)
+    assert f"{changed} of {total:,} lines (`diff" in (ROOT / "README.md").read_text(), f"{changed} of {total:,} lines"
+
+
 COUNTED = {
     vgrpo: ["", "--update_epochs 2 --ref_kl_beta 0", "--num_minibatches 2 --ref_kl_beta 0.1"],
     pave_grpo: ["", "--rollout sde", "--splits --kl_beta 0.1", "--update_epochs 2 --kl_beta 0.1 --rollout sde"],
@@ -1256,8 +1265,6 @@ def open_clip_forward(state, pixels, tokens, heads=2):
 
 def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
     """A random state dict in open_clip's layout gives the same score through the key map as through its own forward."""
-    import shutil
-
     import transformers
 
     processor = transformers.CLIPProcessor.from_pretrained(tiny_clip)
@@ -1295,7 +1302,6 @@ def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
 def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_path, monkeypatch):
     import os
     import pickle
-    import shutil
 
     class Malicious:
         def __reduce__(self):
