@@ -297,7 +297,7 @@ def ode_path(velocity_fn, x, sigmas):
 
 
 def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
-    """Gaussian of one stochastic step.   [flow: Flow-GRPO, arXiv 2505.05470, Eq. 9; cps: Flow-CPS, arXiv 2509.05952]
+    """Gaussian of one stochastic step.   [flow: Flow-GRPO, arXiv 2505.05470; cps: Flow-CPS, arXiv 2509.05952]
         flow: g = eta sqrt(sigma / (1 - sigma)), std = g sqrt(-dt)
               mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt
         cps:  std = sigma_next sin(eta pi / 2), mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) x1_hat
@@ -317,8 +317,7 @@ def gaussian_logp(x, mean, std):
         logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
     x, mean: (B, C, H, W) fp32;  std > 0: broadcastable.  Returns (B,), nats per dimension.
     Deviation: the released code drops the constants, and for cps the denominator; here both kinds are log-densities."""
-    log_std = torch.as_tensor(std).log()
-    return (-((x - mean) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
+    return (-((x - mean) ** 2) / (2 * std**2) - torch.as_tensor(std).log() - math.log(math.tau) / 2).flatten(1).mean(1)
 
 
 def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sigma_1, kind="flow"):
@@ -446,8 +445,7 @@ def update(model, lines, data, minibatches, args, optimizer_step):
 # ----------------------------------------------------------------------------------------------- evaluation and images
 @torch.no_grad()
 def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, path: Path) -> dict[str, float]:
-    """Mean rewards of eval_samples images per prompt, from noise that is the same in every evaluation of every run.
-    The first image of each of the first twelve prompts goes to a captioned grid at `path`."""
+    """Mean rewards, from the same noise in every evaluation of every run; a captioned grid of 12 prompts at `path`."""
     samples, B = [(p, s) for s in range(args.eval_samples) for p in range(len(lines))], args.micro_batch
     scores = torch.zeros(len(reward_fns), len(samples), device=model.device)
     shown = torch.zeros(min(12, len(lines)), 3, args.resolution, args.resolution, device=model.device)
@@ -551,11 +549,13 @@ def main(argv: list[str] | None = None) -> None:
               f"evaluations: {P * G * sampling:,} to sample, {P * G * updating:,} to update", flush=True)  # fmt: skip
     name = f"runs/{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or name)
+    if not args.resume and (run_dir / "checkpoint").exists():
+        fail(f"--run_dir {run_dir} holds a run already; continue it with --resume {run_dir}, or name another folder.")
     model = load_model(args, device)
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
     if RANK == 0:
-        (run_dir / "samples").mkdir(parents=True, exist_ok=bool(args.resume))  # never over another run
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run_dir)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -885,7 +885,7 @@ PAVE_MUTATIONS = [
     (check_sde_step, pave_grpo.sde_step, "v * (dt + drift", "v * (dt - drift"),
     (check_sde_step, pave_grpo.sde_step, "torch.where(sigma == 1, sigma_1, sigma)", "sigma"),
     (check_sde_step, pave_grpo.sde_step, "(sigma_next**2 - std**2).sqrt()", "sigma_next"),
-    (check_logp, pave_grpo.gaussian_logp, ".mean(dim=1)", ".sum(dim=1)"),
+    (check_logp, pave_grpo.gaussian_logp, ".mean(1)", ".sum(1)"),
     (check_logp, pave_grpo.gaussian_logp, "(2 * std**2)", "std**2"),
     (check_transitions, pave_grpo.decomposed_transitions, "y[k] + dt / k * v_k", "y[k] + dt * v_k"),
     (check_transitions, pave_grpo.decomposed_transitions, "y[k] + dt / k * v_k", "y[k].detach() + dt / k * v_k"),
@@ -1832,6 +1832,19 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     with pytest.raises(rewards.UserError, match="damaged"):
         vgrpo.main(["--resume", str(tmp_path), "--iterations", "3"])
     assert weights.read_bytes() == whole[: len(whole) // 2]
+
+
+@both
+def test_a_run_is_never_overwritten(tmp_path, script):
+    """Before anything is loaded: a --run_dir with a checkpoint is refused; one that an early mistake left is not."""
+    run(tmp_path / "run", "--iterations", "2", script=script)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(rewards.UserError, match="--resume"):
+        run(tmp_path / "run", "--iterations", "1", script=script)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(rewards.UserError, match="include"):
+        run(tmp_path / "early", "--iterations", "1", "--prompts", str(ROOT / "prompts/general.txt"), script=script)
+    assert run(tmp_path / "early", "--iterations", "1", script=script)[-1]["iteration"] == 1
 
 
 def test_non_finite_gradients_are_skipped_and_three_stop_the_run():

@@ -349,7 +349,7 @@ def soft_clip(adv, eta):
 
 
 def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=None, ref_kl_beta=0.0):
-    """Negative V-GRPO objective.   [V-GRPO, Eq. 15 and 16]
+    """Negative V-GRPO objective.   [V-GRPO, section 3; D: Eq. 16]
         ratio = exp(L_old - L_new)
         loss = -mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)) + beta mean(D) + beta_ref mean(D_ref)
     L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps > 0, None = no clip
@@ -399,7 +399,7 @@ def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, old
 
 
 def update(model, lines, data, minibatches, args, optimizer_step):
-    """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [V-GRPO, Alg. 1, lines 9-13]
+    """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [V-GRPO, Alg. 1]
     lines: prompts of this process's n samples;  data: their x_0, t, noise, adv;  minibatches: lists of micro-batches,
     slices of the samples, the same in every pass and for theta_old, so that the first ratio is 1 to the last bit
     Returns L_old, L, D, D_ref of every sample in every pass, (4, update_epochs, n)."""
@@ -423,8 +423,7 @@ def update(model, lines, data, minibatches, args, optimizer_step):
 # ----------------------------------------------------------------------------------------------- evaluation and images
 @torch.no_grad()
 def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, path: Path) -> dict[str, float]:
-    """Mean rewards of eval_samples images per prompt, from noise that is the same in every evaluation of every run.
-    The first image of each of the first twelve prompts goes to a captioned grid at `path`."""
+    """Mean rewards, from the same noise in every evaluation of every run; a captioned grid of 12 prompts at `path`."""
     samples, B = [(p, s) for s in range(args.eval_samples) for p in range(len(lines))], args.micro_batch
     scores = torch.zeros(len(reward_fns), len(samples), device=model.device)
     shown = torch.zeros(min(12, len(lines)), 3, args.resolution, args.resolution, device=model.device)
@@ -528,11 +527,13 @@ def main(argv: list[str] | None = None) -> None:
               f"evaluations: {P * G * sampling:,} to sample, {P * G * updating:,} to update", flush=True)  # fmt: skip
     name = f"runs/{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or name)
+    if not args.resume and (run_dir / "checkpoint").exists():
+        fail(f"--run_dir {run_dir} holds a run already; continue it with --resume {run_dir}, or name another folder.")
     model = load_model(args, device)
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
     if RANK == 0:
-        (run_dir / "samples").mkdir(parents=True, exist_ok=bool(args.resume))  # never over another run
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run_dir)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -558,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
         clock = [time.perf_counter()]
         # >>> METHOD
-        # ---- sample: one action per sample, its final latents (Alg. 1, lines 2-5)
+        # ---- sample: one action per sample, its final latents (Alg. 1, in its order)
         x_0 = torch.empty(len(samples), *model.latent_shape, device=device)
         images = torch.empty(len(samples), 3, args.resolution, args.resolution, device=device)
         for part in tqdm([part for m in minibatches for part in m], "sample", leave=False, disable=BAR_OFF):
@@ -571,16 +572,16 @@ def main(argv: list[str] | None = None) -> None:
         pairs = [draw_pairs(sigmas, args.num_pairs, 1, G, model.latent_shape, draw, **kind) for draw in draws]
         t, noise = (torch.cat(x).to(device) for x in zip(*pairs, strict=True))
         clock.append(time.perf_counter())
-        # ---- reward (line 6)
+        # ---- reward: of final images
         rewards = torch.zeros(len(reward_fns), P * G, device=device)
         rewards[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
         all_reduce([rewards])
         clock.append(time.perf_counter())
-        # ---- advantage (lines 7-8)
+        # ---- advantage: in the group, soft-clipped (Eq. 17)
         clamp, rewards = None if args.soft_clip else 5.0, dict(zip(reward_fns, rewards, strict=True))
         adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std, clamp)
         adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
-        # ---- update (lines 9-13)
+        # ---- update: on the stored pairs
         data = x_0, t, noise, adv[mine]
         terms = torch.zeros(4, args.update_epochs, P * G, device=device)
         terms[..., mine] = update(model, lines, data, minibatches, args, lambda: optimizer_step(optimizer, args, norms))
