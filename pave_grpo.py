@@ -11,7 +11,7 @@ Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte
   mean, std; logp_new, logp_old (1 + |S|, B)  of the Gaussian p(x_s | x_t); its log-density under theta and theta_old
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA; latents, means, ratios, losses
 are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-densities are means over latent dimensions, never sums. All
-randomness comes from `generator_for`. Left out: RL on ODE samples (vgrpo.py), pipelines other than SD3 and FLUX."""
+randomness comes from `generator_for`. Left out: EMA, FSDP (--full holds all weights on each GPU), other pipelines."""
 
 import copy
 import hashlib
@@ -23,8 +23,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,14 +33,15 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
-from PIL import Image, ImageDraw
+from torch import Tensor
 from tqdm import tqdm
 
-from rewards import UserError, compute_rewards, fail, group_advantages, load_prompts, load_rewards
+from rewards import UserError, compute_rewards, fail, group_advantages, image_grid, load_prompts, load_rewards
 
 ROOT = Path(__file__).resolve().parent
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 BAR_OFF = None if RANK == 0 else True  # progress bars: rank 0 only; None = off when stderr is not a terminal
+VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
 
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -49,39 +50,7 @@ def flag(default, text: str):
 
 
 @dataclass
-class MethodConfig:
-    _argument_group_name = "Pave-GRPO"
-    rollout: Literal["branch", "sde"] = flag("branch", "a group: G noises at one x_t of an ODE path, or G SDE paths")
-    sde_steps: list[int] = field(default_factory=[0, 2, 4, 6].copy, metadata={"help": "trained, noisy steps"})
-    sde: Literal["flow", "cps"] = flag("flow", "stochastic step of Flow-GRPO or of Flow-CPS")
-    eta: float = flag(0.8, "noise level of a stochastic step")
-    splits: list[int] = field(default_factory=[2, 3].copy, metadata={"help": "S, finer k to score; none = Flow-GRPO"})
-    target: Literal["stored", "coupled"] = flag("stored", "scored for k > 1: the sample, or its noise on their mean")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
-    kl_beta: float = flag(0.0, "weight of the KL to the initial model, on transitions with k = 1")
-
-    def sizes(self) -> tuple[int, int, int, float, float]:
-        """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
-        K, G, T, S = self.sde_steps, self.group_size, self.steps, self.splits
-        if not K or len({*K}) < len(K) or not 0 <= min(K) <= max(K) <= T - 2:
-            fail(f"--sde_steps must be different numbers from 0 to {T - 2}; the last of {T} --steps has no noise.")
-        if min(S, default=2) < 2 or len({*S}) < len(S) or (self.sde == "cps" and self.eta > 1):
-            fail("--splits must be different integers of at least 2, and --eta at most 1 with --sde cps.")
-        transition = 1 + sum(k - 1 for k in S)  # evaluations of one; all k share the first
-        passes = self.update_epochs + (self.update_epochs * self.num_minibatches > 1)  # one for theta_old
-        updating, latents = len(K) * passes * (transition + (self.kl_beta > 0)), max(1, self.micro_batch // transition)
-        if self.rollout == "sde":
-            return G, G, latents, T, updating
-        path = (max(K) + len(K)) / (len(K) * G)  # the ODE path of a prompt and its branchings, shared by its images
-        return len(K) * G, 1, latents, path + sum(T - 1 - i for i in K) / len(K), updating / (len(K) * G)
-
-    def sample(self, velocity_fn, x, sigmas):
-        return ode_path(velocity_fn, x, sigmas)[-1]
-
-
-@dataclass
 class RunConfig:
-    _argument_group_name = "model, data, optimisation, run"
     model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
     prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
@@ -110,16 +79,42 @@ class RunConfig:
     seed: int = flag(0, "seed of every random number")
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
-    save_every: int = flag(10, "iterations between checkpoints")
+    save_every: int = flag(1, "iterations between checkpoints")
     run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED-TIME")
     resume: str = flag("", "run folder to continue, with its own flags unless they are given beside it")
 
 
 @dataclass
-class Config(RunConfig, MethodConfig):
-    """All flags. The defaults above hold unless PRESETS replaces them for the chosen --model."""
+class MethodConfig(RunConfig):
+    rollout: Literal["branch", "sde"] = flag("branch", "a group: G noises at one x_t of an ODE path, or G SDE paths")
+    sde_steps: list[int] = field(default_factory=[0, 2, 4, 6].copy, metadata={"help": "trained, noisy steps"})
+    sde: Literal["flow", "cps"] = flag("flow", "stochastic step of Flow-GRPO or of Flow-CPS")
+    eta: float = flag(0.8, "noise level of a stochastic step")
+    splits: list[int] = field(default_factory=[2, 3].copy, metadata={"help": "S, finer k to score; none = Flow-GRPO"})
+    target: Literal["stored", "coupled"] = flag("stored", "scored for k > 1: the sample, or its noise on their mean")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    kl_beta: float = flag(0.0, "weight of the KL to the initial model, on transitions with k = 1")
+
+    def sizes(self) -> tuple[int, int, int, float, float]:
+        """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
+        K, G, T, S = self.sde_steps, self.group_size, self.steps, self.splits
+        if not K or len({*K}) < len(K) or not 0 <= min(K) <= max(K) <= T - 2:
+            fail(f"--sde_steps must be different numbers from 0 to {T - 2}; the last of {T} --steps has no noise.")
+        if min(S, default=2) < 2 or len({*S}) < len(S) or (self.sde == "cps" and self.eta > 1):
+            fail("--splits must be different integers of at least 2, and --eta at most 1 with --sde cps.")
+        transition = 1 + sum(k - 1 for k in S)  # evaluations of one; all k share the first
+        passes = self.update_epochs + (self.update_epochs * self.num_minibatches > 1)  # one for theta_old
+        updating, latents = len(K) * passes * (transition + (self.kl_beta > 0)), max(1, self.micro_batch // transition)
+        if self.rollout == "sde":
+            return G, G, latents, T, updating
+        path = (max(K) + len(K)) / (len(K) * G)  # the ODE path of a prompt and its branchings, shared by its images
+        return len(K) * G, 1, latents, path + sum(T - 1 - i for i in K) / len(K), updating / (len(K) * G)
+
+    def sample(self, velocity_fn, x, sigmas):
+        return ode_path(velocity_fn, x, sigmas)[-1]
 
 
+Config = MethodConfig  # all flags; their defaults hold unless PRESETS replaces them for the chosen --model
 MODEL_IDS = {"sd3": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
              "tiny": str(ROOT / "tiny_sd3")}  # fmt: skip
 PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
@@ -140,13 +135,13 @@ def parse_args(argv: list[str] | None = None) -> Config:
     from transformers import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((RunConfig, MethodConfig), usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
-    parser.error = lambda message: fail(f"{message}; see --help.")
+    parser = HfArgumentParser(Config, usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
+    parser.error = lambda message: fail(f"{message}; see --help.")  # type: ignore[method-assign]
     for action in parser._actions:  # --help names each flag once, --group_size without --group-size; lists may be empty
         action.option_strings, action.nargs = action.option_strings[:1], "*" if action.nargs == "+" else action.nargs
     chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if chosen.resume:
-        defaults = json.loads((Path(chosen.resume) / "config.json").read_text())["config"]
+        defaults = read_checkpoint(Path(chosen.resume))[0]["config"]
     elif chosen.model in PRESETS:
         defaults = PRESETS[chosen.model]
     else:
@@ -163,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------- sigma grid
-def sigma_grid(num_steps: int, shift: float) -> torch.Tensor:
+def sigma_grid(num_steps: int, shift: float) -> Tensor:
     """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
     num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
@@ -183,7 +178,7 @@ class Model:
     """A diffusers SD3 or FLUX pipeline as the method needs it: encode, velocity, decode, save, initial model."""
 
     def __init__(self, pipe, args: Config, device: torch.device):
-        self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
+        self.pipe, self.args, self.device, self.cache = pipe, args, device, dict[str, tuple[Tensor, Tensor]]()
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
         side = args.resolution // pipe.vae_scale_factor
         if args.resolution % (2 * pipe.vae_scale_factor):
@@ -199,7 +194,7 @@ class Model:
             from peft import LoraConfig
 
             layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-            config = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
+            config: dict = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
             with torch.random.fork_rng([]):  # peft draws from the global generator
                 torch.manual_seed(generator_for(args.seed, "lora").initial_seed())
                 self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
@@ -212,11 +207,11 @@ class Model:
             _ = [b.compile() for b in (*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ()))]
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], *ahead: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, prompts: list[str], *ahead: str) -> tuple[Tensor, Tensor]:
         """Context (B, S, D) and pooled (B, E) of B prompts, cached; encoders (T5: 9.5 GB) visit the device at need."""
         new = [prompt for prompt in dict.fromkeys([*prompts, *ahead]) if prompt not in self.cache]
         self.encoders.to(self.device if new else "cpu")
-        options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
+        options: dict = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
         options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
         for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF if new else True):
             out = self.pipe.encode_prompt(prompt, None, **options)
@@ -225,7 +220,7 @@ class Model:
         context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
 
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
         """v(x_t, t) of the model, or of the initial one; the transformer autocasts if the text encoders are bf16.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
         transformer = self.initial.to(self.device) if initial else self.transformer
@@ -251,12 +246,12 @@ class Model:
         empty = self.encode([""])
         return lambda x, t: w * self.velocity(x, t, cond, initial) + (1 - w) * self.velocity(x, t, empty, initial)
 
-    def noise(self, draws: list[tuple]) -> torch.Tensor:
+    def noise(self, draws: list[tuple]) -> Tensor:
         """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
         return torch.stack([torch.randn(self.latent_shape, generator=generator_for(*d)) for d in draws]).to(self.device)
 
     @torch.no_grad()
-    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+    def decode(self, x_0: Tensor) -> Tensor:
         """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]. The VAE is fp32 everywhere."""
         z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
@@ -288,7 +283,7 @@ def load_model(args: Config, device: torch.device) -> Model:
 
 
 # -------------------------------------------------------------------------------------------------------------- METHOD
-def ode_path(velocity_fn, x, sigmas):
+def ode_path(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> list[Tensor]:
     """States of the flow ODE by Euler's method, x <- x + dt v, at each of sigmas, from x (B, C, H, W) at the first."""
     path = [x]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
@@ -296,7 +291,8 @@ def ode_path(velocity_fn, x, sigmas):
     return path
 
 
-def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
+def sde_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: Tensor,
+             kind: str = "flow") -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gaussian of one stochastic step.   [flow: Flow-GRPO, arXiv 2505.05470; cps: Flow-CPS, arXiv 2509.05952]
         flow: g = eta sqrt(sigma / (1 - sigma)), std = g sqrt(-dt)
               mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt
@@ -312,7 +308,7 @@ def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
     return (1 - sigma_next) * (x - sigma * v) + (sigma_next**2 - std**2).sqrt() * (x + (1 - sigma) * v), std
 
 
-def gaussian_logp(x, mean, std):
+def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Log-density of a stochastic step, averaged over latent dimensions: clip ranges assume a mean.   [Alg. 1]
         logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
     x, mean: (B, C, H, W) fp32;  std > 0: broadcastable.  Returns (B,), nats per dimension.
@@ -320,7 +316,8 @@ def gaussian_logp(x, mean, std):
     return (-((x - mean) ** 2) / (2 * std**2) - torch.as_tensor(std).log() - math.log(math.tau) / 2).flatten(1).mean(1)
 
 
-def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sigma_1, kind="flow"):
+def decomposed_transitions(velocity_fn: VelocityFn, x_t: Tensor, sigma: Tensor, sigma_next: Tensor, splits: list[int],
+                           eta: float, sigma_1: Tensor, kind: str = "flow") -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """The coarse transition x_t -> x_s as k - 1 ODE sub-steps and one stochastic step, for k = 1 and each k in splits.
         h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h) for j < k - 1   [hybrid ODE-SDE, Alg. 1]
         p^(k)(x_s | x_t) = N(mean, std) of sde_step from y_k-1 at sigma + (k - 1) h to sigma_next
@@ -341,7 +338,8 @@ def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sig
     return [transitions[k] for k in (1, *splits)]
 
 
-def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
+def sde_rollout(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, sde_steps: list[int], noise: Tensor, eta: float,
+                kind="flow") -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A path from each x, stochastic at the K sde_steps, Euler's ODE elsewhere.   [Alg. 1]
     x: (B, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (B, K, 1, C, H, W)
     Returns x_0 (B, C, H, W); before and after each stochastic step x_t (B, K, C, H, W) and x_s (B, K, 1, C, H, W)."""
@@ -357,15 +355,15 @@ def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
     return x, x_t, x_s
 
 
-def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow", micro_batch=64):
+def branch_rollout(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, sde_steps: list[int], noise: Tensor, eta: float,
+                   kind="flow", micro_batch: int = 64) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One ODE path from each x; at each of K sde_steps, G stochastic steps from its x_t, then ODE.   [released code]
     x: (P, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (P, K, G, C, H, W);  micro_batch: latents a call
     Returns x_0 (P, K, G, C, H, W); before and after a stochastic step x_t (P, K, C, H, W), x_s (P, K, G, C, H, W)."""
     P, x_0, x_t, x_s = len(x), torch.empty_like(noise), torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
     path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
     for k, i in enumerate(sde_steps):
-        v = velocity_fn(path[i], sigmas[i])
-        mean, std = sde_step(path[i], v, sigmas[i], sigmas[i + 1], eta, sigmas[1], kind)
+        mean, std = sde_step(path[i], velocity_fn(path[i], sigmas[i]), sigmas[i], sigmas[i + 1], eta, sigmas[1], kind)
         x_t[:, k], x_s[:, k] = path[i], mean[:, None] + std * noise[:, k]
         parts = rearrange(x_s[:, k], "p g ... -> (g p) ...").split(max(1, micro_batch // P) * P)
         ends = torch.cat([ode_path(velocity_fn, part, sigmas[i + 1 :])[-1] for part in parts])
@@ -373,12 +371,12 @@ def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow", m
     return x_0, x_t, x_s
 
 
-def pave_loss(logp_new, logp_old, adv, clip_range=None, kl=None, kl_beta=0.0):
+def pave_loss(logp_new: Tensor, logp_old: Tensor, adv: Tensor, clip_range: float | None = None,
+              kl: Tensor | None = None, kl_beta: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Negative Pave-GRPO objective; without splits, Flow-GRPO's.   [Alg. 1]
         ratio_k = exp(logp_new_k - logp_old_k);  J_k = min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A)
         loss = -mean(J_1 + mean_{k in S} J_k) + beta mean(KL)
-    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps > 0, None = no clip
-    Returns loss () and detached metrics."""
+    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps or None.  Returns loss, metrics."""
     ratio = torch.exp(logp_new - logp_old)
     clipped = ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range)
     J = torch.minimum(ratio * adv, clipped * adv).mean(dim=1)
@@ -393,7 +391,8 @@ def pave_loss(logp_new, logp_old, adv, clip_range=None, kl=None, kl_beta=0.0):
     return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
 
 
-def transition_loss(velocity_fn, initial_fn, x_t, x_s, adv, sigma, sigma_next, sigma_1, args, old=None):
+def transition_loss(velocity_fn: VelocityFn, initial_fn: VelocityFn, x_t: Tensor, x_s: Tensor, adv: Tensor,
+                    sigma: Tensor, sigma_next: Tensor, sigma_1: Tensor, args: Config, old=None) -> tuple:  # fmt: skip
     """pave_loss of one transition, from x_t (B, C, H, W) to M stored samples each, x_s (B, M, C, H, W).
     adv: (B, M);  sigma, sigma_next, sigma_1: ();  old: logp and targets of theta_old, None = it is theta
     targets: what is scored for each k: x_s, or with --target coupled (ours), for k > 1, the noise of x_s on the mean
@@ -415,13 +414,14 @@ def transition_loss(velocity_fn, initial_fn, x_t, x_s, adv, sigma, sigma_next, s
     return pave_loss(logp, logp_old, adv.flatten(), args.clip_range or None, kl, args.kl_beta)[0], logp, targets, kl
 
 
-def update(model, lines, data, minibatches, args, optimizer_step):
+def update(model: Model, lines: list[dict], data: tuple, minibatches: list, args: Config,
+           optimizer_step: Callable) -> Tensor:  # fmt: skip
     """Gradient steps on the stored transitions: update_epochs passes over the minibatches.   [Alg. 1]
     lines: prompts of the n latents;  data: x_t (n, K, C, H, W), x_s (n, K, M, C, H, W), adv (n, K, M), sigmas (T + 1,)
     minibatches: lists of micro-batches, slices of the n, the same for theta_old: the first ratio is 1 exactly
     Returns logp_old, logp_new and KL of every transition in every pass, (3 + 2 |S|, update_epochs, n, K, M)."""
     x_t, x_s, adv, sigmas = data
-    steps, old, trained = minibatches * args.update_epochs, {}, list(enumerate(args.sde_steps))
+    steps, old, trained = minibatches * args.update_epochs, dict[tuple, tuple](), list(enumerate(args.sde_steps))
     first = [[part for minibatch in minibatches for part in minibatch]] if len(steps) > 1 else []  # -1: theta_old
     total = args.prompts_per_iter * args.group_size * len(trained) / args.num_minibatches
     terms = adv.new_zeros(3 + 2 * len(args.splits), args.update_epochs, *adv.shape)
@@ -452,8 +452,7 @@ def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, pa
     sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
     for start in tqdm(range(RANK * B, len(samples), WORLD_SIZE * B), "evaluate", leave=False, disable=BAR_OFF):
         part = slice(start, start + B)
-        batch = [lines[p] for p, _ in samples[part]]
-        noise = model.noise([("eval", *sample) for sample in samples[part]])
+        batch, noise = [lines[p] for p, _ in samples[part]], model.noise([("eval", *name) for name in samples[part]])
         images = model.decode(args.sample(model.velocity_fn(batch), noise, sigmas))
         scores[:, part] = torch.stack([*compute_rewards(reward_fns, images, batch, B).values()])
         shown[part] = images[: len(shown[part])]
@@ -463,27 +462,16 @@ def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, pa
     return {f"eval/{name}": score.item() for name, score in zip(reward_fns, scores.mean(dim=1), strict=True)}
 
 
-def image_grid(images: torch.Tensor, captions: list[str]) -> Image.Image:
-    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their captions below."""
-    side = min(256, max(128, images.shape[3]))
-    grid = Image.new("RGB", (min(6, len(images)) * (side + 8), -(-len(images) // 6) * (side + 40)), "white")
-    for i, pixels in enumerate(rearrange(images * 255, "n c h w -> n h w c").round().byte().cpu().numpy()):
-        x, y, text = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4, textwrap.wrap(captions[i], side // 6)[:3]
-        grid.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
-        ImageDraw.Draw(grid).text((x, y + side), "\n".join(text), "black", spacing=0)
-    return grid
-
-
 # ----------------------------------------------------------------------------------------------- checkpoint and logging
-def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, optimizer) -> None:
+def save_checkpoint(run_dir: Path, iteration: int, info: dict, model: Model, optimizer: torch.optim.AdamW) -> None:
     """Writes run_dir/checkpoint: safetensors and one JSON, synced, then renamed; the one before becomes .prev."""
     tmp, final, previous = (run_dir / f"checkpoint{suffix}" for suffix in (".tmp", "", ".prev"))
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
     moments = {f"{n}.{key}": x for n, p in model.trainable.items() for key, x in optimizer.state[p].items()}
-    safetensors.torch.save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
+    tmp.mkdir()
+    safetensors.torch.save_file({n: p.data for n, p in model.trainable.items()}, tmp / "weights.safetensors")
     safetensors.torch.save_file(moments, tmp / "optimizer.safetensors")
-    (tmp / "state.json").write_text(json.dumps({"iteration": iteration, "config": asdict(args)}))
+    (tmp / "state.json").write_text(json.dumps({"iteration": iteration} | info))
     os.sync()  # on disk before it gets its name
     if final.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -491,17 +479,25 @@ def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, o
     tmp.rename(final)
 
 
-def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int:
-    """Restores run_dir/checkpoint (.prev if a kill left only that); returns its iteration. Raises UserError."""
+def read_checkpoint(run_dir: Path, *files: str) -> list[dict]:
+    """state.json and tensor files of run_dir/checkpoint, or of .prev if a kill left only that. Raises UserError."""
     folder = run_dir / ("checkpoint" if (run_dir / "checkpoint").exists() else "checkpoint.prev")
     try:
         state = json.loads((folder / "state.json").read_text())
-        weights, moments = (safetensors.torch.load_file(folder / f"{x}.safetensors") for x in ("weights", "optimizer"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        fail(f"--resume: {folder} is missing or damaged ({error}); checkpoint.prev is the one before.")
-    if {n: p.shape for n, p in model.trainable.items()} != {n: p.shape for n, p in weights.items()}:
-        changed = [name for name, value in state["config"].items() if value != getattr(args, name, None)]
-        fail(f"--resume: {folder} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
+        _ = Config(**state["config"]), int(state["iteration"])  # a TypeError names a flag that is not of this script
+        return [state, *(safetensors.torch.load_file(folder / f"{name}.safetensors") for name in files)]
+    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        fail(f"--resume: {folder} is missing, damaged or not of this script ({error}); is there a checkpoint.prev?")
+
+
+def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer: torch.optim.AdamW) -> int:
+    """Restores the checkpoint of run_dir; returns its iteration. Raises UserError."""
+    state, weights, moments = read_checkpoint(run_dir, "weights", "optimizer")
+    means = {key.removesuffix(".exp_avg"): x for key, x in moments.items() if key.endswith(".exp_avg")} or weights
+    shapes, *found = ({n: x.shape for n, x in tensors.items()} for tensors in (model.trainable, weights, means))
+    if found != [shapes, shapes]:
+        changed = [name for name, value in state["config"].items() if value != getattr(args, name)]
+        fail(f"--resume: {run_dir} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
     for name, p in model.trainable.items():
         p.data.copy_(weights[name])
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
@@ -510,10 +506,11 @@ def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int
 
 
 # --------------------------------------------------------------------------------------------------------- distributed
-def all_reduce(tensors) -> None:
-    """Sums each tensor over all processes, in place."""
+def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums each tensor over all processes, in place, and returns them."""
     for tensor in tensors if WORLD_SIZE > 1 else ():
         dist.all_reduce(tensor)
+    return tensors
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, args: Config, norms: list[float]) -> None:
@@ -534,7 +531,7 @@ def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     reward_fns, reward_weights = load_rewards(args.reward)
     P, gradient_steps = args.prompts_per_iter, args.update_epochs * args.num_minibatches
@@ -554,13 +551,13 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args, device)
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    info = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
     if RANK == 0:
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run_dir)
-        versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
-        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        config = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
-        (run_dir / "config.json").write_text(json.dumps(config, indent=1))
+        (run_dir / "config.json").write_text(json.dumps(info, indent=1))
     log_path = run_dir / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
     if done and RANK == 0:  # drop what is newer than the checkpoint; one line an iteration, from 0
         os.truncate(log_path, sum(map(len, log_path.read_bytes().splitlines(keepends=True)[: done + 1])))
@@ -573,9 +570,9 @@ def main(argv: list[str] | None = None) -> None:
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
     if not done:
         print(json.dumps({"iteration": 0} | before), file=log)
-    norms, stop = [], []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
-        signal.signal(number, lambda *_: stop.append(tqdm.write("Stopping after this iteration.")))
+    norms, stop, halt = list[float](), list(), False
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0; a second one: at once
+        signal.signal(number, lambda n, _: stop.append((signal.signal(n, signal.SIG_DFL), os.write(2, b"Stopping.\n"))))
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
         lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
@@ -583,27 +580,26 @@ def main(argv: list[str] | None = None) -> None:
         # >>> METHOD
         # ---- sample: groups of paths, stochastic at the trained steps
         branch, draw, K = args.rollout == "branch", (args.seed, iteration), len(args.sde_steps)
-        rollout, more = (branch_rollout, [args.micro_batch]) if branch else (sde_rollout, [])
         starts = [(slot,) for slot in range(RANK, P, WORLD_SIZE)] if branch else samples  # names of paths
         M, start_lines, paths = args.group_size if branch else 1, lines[:: len(lines) // len(starts)], []
         size = max(1, args.micro_batch // M)
         for i in tqdm(range(0, len(starts), size), "sample", leave=False, disable=BAR_OFF):
             part = slice(i, i + size)
             x = model.noise([(*draw, "noise", *start) for start in starts[part]])
-            steps = [(*draw, "step", *start, k, m) for start in starts[part] for k in range(K) for m in range(M)]
-            inputs = x, sigmas, args.sde_steps, model.noise(steps).unflatten(0, (-1, K, M)), args.eta, args.sde
+            names = [(*draw, "step", *start, k, m) for start in starts[part] for k in range(K) for m in range(M)]
+            steps = model.noise(names).unflatten(0, (-1, K, M))
+            inputs = model.velocity_fn(start_lines[part]), x, sigmas, args.sde_steps, steps, args.eta, args.sde
             with torch.no_grad():
-                paths.append(rollout(model.velocity_fn(start_lines[part]), *inputs, *more))
+                paths.append(branch_rollout(*inputs, args.micro_batch) if branch else sde_rollout(*inputs))
         x_0, x_t, x_s = (torch.cat(x) for x in zip(*paths, strict=True))
         images = torch.cat([model.decode(part) for part in x_0.view(-1, *model.latent_shape).split(args.micro_batch)])
         clock.append(time.perf_counter())
         # ---- reward: of final images
-        rewards = torch.zeros(len(reward_fns), P * G, device=device)
-        rewards[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
-        all_reduce([rewards])
+        scored = torch.zeros(len(reward_fns), P * G, device=device)
+        scored[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
+        rewards = dict(zip(reward_fns, *all_reduce([scored]), strict=True))
         clock.append(time.perf_counter())
         # ---- advantage: in branch, of the G images of a prompt and step
-        rewards = dict(zip(reward_fns, rewards, strict=True))
         adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std)
         # ---- update
         data = x_t, x_s, adv[mine].view(len(starts), -1, M).expand(-1, K, M), sigmas
@@ -617,34 +613,38 @@ def main(argv: list[str] | None = None) -> None:
         clock.append(time.perf_counter())
         # <<< METHOD
         # ---- log
-        metrics = {name: value.item() for name, value in metrics.items()}
-        metrics |= {"optim/lr": args.lr, "optim/grad_norm": sum(norms[-gradient_steps:]) / gradient_steps}
-        metrics |= {f"time/{stage}": clock[i + 1] - clock[i] for i, stage in enumerate(("sample", "reward", "update"))}
+        logged = {name: value.item() for name, value in metrics.items()}
+        finite = [norm for norm in norms[-gradient_steps:] if math.isfinite(norm)]  # others were not stepped on
+        logged |= {"optim/lr": args.lr, "optim/grad_norm": sum(finite) / max(1, len(finite))}
+        logged["optim/skipped_steps"] = gradient_steps - len(finite)
+        logged |= {f"time/{stage}": clock[i + 1] - clock[i] for i, stage in enumerate(("sample", "reward", "update"))}
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
-        last = iteration == args.iterations or bool(stop)
+        logged |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
+        halt = bool(all_reduce([torch.tensor(len(stop), device=device)])[0] > 0)  # a signal to one stops all
+        last = iteration == args.iterations or halt
         if iteration % args.eval_every == 0 or last:
             scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
-            metrics |= scores
-        print(json.dumps({"iteration": iteration} | metrics), file=log)
-        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", ratio=f"{metrics['policy/ratio_mean']:.4f}")
+            logged |= scores
+        print(json.dumps({"iteration": iteration} | logged), file=log)
+        bar.set_postfix(reward=f"{logged['reward/mean']:.3f}", ratio=f"{logged['policy/ratio_mean']:.4f}")
         if RANK == 0 and (iteration % args.save_every == 0 or last):
-            save_checkpoint(run_dir, iteration, args, model, optimizer)
+            save_checkpoint(run_dir, iteration, info, model, optimizer)
         if last:
             break
     if RANK == 0:
         bar.close()
         print(*(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}" for name in before), sep="\n")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
-        if stop:
+        if halt:
             print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake: one sentence, exit code 2
-        message, memory = str(error).strip().split("\n")[0], isinstance(error, torch.OutOfMemoryError)
-        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else ""
-        print(f"error: {message}{mend}", file=sys.stderr)
+    except (UserError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:  # one sentence, exit 2
+        memory, disk = (isinstance(error, x) for x in (torch.OutOfMemoryError, safetensors.SafetensorError))
+        mend = " The checkpoint before is intact: make room, then continue it with --resume." if disk else ""
+        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else mend
+        print("error: " + str(error).strip().split("\n")[0] + mend, file=sys.stderr)
         sys.exit(2)

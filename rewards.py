@@ -27,6 +27,7 @@ import math
 import os
 import pickle
 import re
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -39,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import hf_hub_download
-from PIL import Image
+from PIL import Image, ImageDraw
 
 RewardFn = Callable[[torch.Tensor, list[str], list[dict]], torch.Tensor]
 
@@ -651,3 +652,14 @@ def quoted(prompts: list[str]) -> str:
     distinct = list(dict.fromkeys(prompts))
     more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
     return ", ".join(f'"{prompt}"' for prompt in distinct[:3]) + more
+
+
+def image_grid(images: torch.Tensor, captions: list[str]) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their captions below."""
+    side = min(256, max(128, images.shape[3]))
+    grid = Image.new("RGB", (min(6, len(images)) * (side + 8), -(-len(images) // 6) * (side + 40)), "white")
+    for i, pixels in enumerate(rearrange(images * 255, "n c h w -> n h w c").round().byte().cpu().numpy()):
+        x, y, text = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4, textwrap.wrap(captions[i], side // 6)[:3]
+        grid.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
+        ImageDraw.Draw(grid).text((x, y + side), "\n".join(text), "black", spacing=0)
+    return grid

@@ -24,8 +24,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,14 +34,15 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
-from PIL import Image, ImageDraw
+from torch import Tensor
 from tqdm import tqdm
 
-from rewards import UserError, compute_rewards, fail, group_advantages, load_prompts, load_rewards
+from rewards import UserError, compute_rewards, fail, group_advantages, image_grid, load_prompts, load_rewards
 
 ROOT = Path(__file__).resolve().parent
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 BAR_OFF = None if RANK == 0 else True  # progress bars: rank 0 only; None = off when stderr is not a terminal
+VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
 
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -50,34 +51,7 @@ def flag(default, text: str):
 
 
 @dataclass
-class MethodConfig:
-    _argument_group_name = "V-GRPO"
-    solver: Literal["dpm2", "euler"] = flag("dpm2", "ODE solver of rollouts: DPM-Solver++(2M) or Euler")
-    num_pairs: int = flag(4, "N, Monte Carlo pairs (t, noise) per image")
-    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "self-normalised x-loss, or MSE of x, v or eps")
-    group_shared_pairs: bool = flag(True, "all images of a prompt share one set of pairs")
-    stratified: bool = flag(True, "one timestep from each of N consecutive chunks of the grid; off = uniform")
-    soft_clip: float = flag(3.0, "eta of the advantage soft clip eta tanh(A / eta); 0 = off (hard clamp at 5)")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
-    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, mean squared x0_hat difference")
-    ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, mean squared v difference")
-
-    def sizes(self) -> tuple[int, int, int, float, float]:
-        """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
-        if self.num_pairs > self.steps:
-            fail(f"--num_pairs {self.num_pairs} is more than the --steps {self.steps} it draws timesteps from.")
-        steps = self.update_epochs * self.num_minibatches  # theta_old once; theta's L again in every step but the first
-        off_policy = 1 + (steps - 1) / self.num_minibatches if steps > 1 else 0
-        updating = self.num_pairs * (self.update_epochs * (1 + (self.ref_kl_beta > 0)) + off_policy)
-        return self.group_size, self.group_size, self.micro_batch, self.steps, updating
-
-    def sample(self, velocity_fn, x, sigmas):
-        return ode_sample(velocity_fn, x, sigmas, self.solver)
-
-
-@dataclass
 class RunConfig:
-    _argument_group_name = "model, data, optimisation, run"
     model: str = flag("tiny", "tiny, sd3, flux, a local diffusers folder or a hub id; picks the defaults below")
     prompts: str = flag(str(ROOT / "prompts/general.txt"), "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag(str(ROOT / "prompts/general.txt"), "evaluation prompts, likewise")
@@ -106,16 +80,37 @@ class RunConfig:
     seed: int = flag(0, "seed of every random number")
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
-    save_every: int = flag(10, "iterations between checkpoints")
+    save_every: int = flag(1, "iterations between checkpoints")
     run_dir: str = flag("", "output folder; default: a new runs/METHOD-MODEL-sSEED-TIME")
     resume: str = flag("", "run folder to continue, with its own flags unless they are given beside it")
 
 
 @dataclass
-class Config(RunConfig, MethodConfig):
-    """All flags. The defaults above hold unless PRESETS replaces them for the chosen --model."""
+class MethodConfig(RunConfig):
+    solver: Literal["dpm2", "euler"] = flag("dpm2", "ODE solver of rollouts: DPM-Solver++(2M) or Euler")
+    num_pairs: int = flag(4, "N, Monte Carlo pairs (t, noise) per image")
+    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "self-normalised x-loss, or MSE of x, v or eps")
+    group_shared_pairs: bool = flag(True, "all images of a prompt share one set of pairs")
+    stratified: bool = flag(True, "one timestep from each of N consecutive chunks of the grid; off = uniform")
+    soft_clip: float = flag(3.0, "eta of the advantage soft clip eta tanh(A / eta); 0 = off (hard clamp at 5)")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, mean squared x0_hat difference")
+    ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, mean squared v difference")
+
+    def sizes(self) -> tuple[int, int, int, float, float]:
+        """Images a prompt; update latents a prompt and micro-batch; network evaluations an image to sample, update."""
+        if self.num_pairs > self.steps:
+            fail(f"--num_pairs {self.num_pairs} is more than the --steps {self.steps} it draws timesteps from.")
+        steps = self.update_epochs * self.num_minibatches  # theta_old once; theta's L again in every step but the first
+        off_policy = 1 + (steps - 1) / self.num_minibatches if steps > 1 else 0
+        updating = self.num_pairs * (self.update_epochs * (1 + (self.ref_kl_beta > 0)) + off_policy)
+        return self.group_size, self.group_size, self.micro_batch, self.steps, updating
+
+    def sample(self, velocity_fn, x, sigmas):
+        return ode_sample(velocity_fn, x, sigmas, self.solver)
 
 
+Config = MethodConfig  # all flags; their defaults hold unless PRESETS replaces them for the chosen --model
 MODEL_IDS = {"sd3": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
              "tiny": str(ROOT / "tiny_sd3")}  # fmt: skip
 PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
@@ -137,13 +132,13 @@ def parse_args(argv: list[str] | None = None) -> Config:
     from transformers import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((RunConfig, MethodConfig), usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
-    parser.error = lambda message: fail(f"{message}; see --help.")
+    parser = HfArgumentParser(Config, usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
+    parser.error = lambda message: fail(f"{message}; see --help.")  # type: ignore[method-assign]
     for action in parser._actions:  # --help names each flag once, --group_size without --group-size; lists may be empty
         action.option_strings, action.nargs = action.option_strings[:1], "*" if action.nargs == "+" else action.nargs
     chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if chosen.resume:
-        defaults = json.loads((Path(chosen.resume) / "config.json").read_text())["config"]
+        defaults = read_checkpoint(Path(chosen.resume))[0]["config"]
     elif chosen.model in PRESETS:
         defaults = PRESETS[chosen.model]
     else:
@@ -160,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------- sigma grid
-def sigma_grid(num_steps: int, shift: float) -> torch.Tensor:
+def sigma_grid(num_steps: int, shift: float) -> Tensor:
     """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
     num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
@@ -180,7 +175,7 @@ class Model:
     """A diffusers SD3 or FLUX pipeline as the method needs it: encode, velocity, decode, save, initial model."""
 
     def __init__(self, pipe, args: Config, device: torch.device):
-        self.pipe, self.args, self.device, self.cache = pipe, args, device, {}
+        self.pipe, self.args, self.device, self.cache = pipe, args, device, dict[str, tuple[Tensor, Tensor]]()
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
         side = args.resolution // pipe.vae_scale_factor
         if args.resolution % (2 * pipe.vae_scale_factor):
@@ -196,7 +191,7 @@ class Model:
             from peft import LoraConfig
 
             layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-            config = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
+            config: dict = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian")
             with torch.random.fork_rng([]):  # peft draws from the global generator
                 torch.manual_seed(generator_for(args.seed, "lora").initial_seed())
                 self.transformer.add_adapter(LoraConfig(target_modules=layers, **config))
@@ -209,11 +204,11 @@ class Model:
             _ = [b.compile() for b in (*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ()))]
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], *ahead: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, prompts: list[str], *ahead: str) -> tuple[Tensor, Tensor]:
         """Context (B, S, D) and pooled (B, E) of B prompts, cached; encoders (T5: 9.5 GB) visit the device at need."""
         new = [prompt for prompt in dict.fromkeys([*prompts, *ahead]) if prompt not in self.cache]
         self.encoders.to(self.device if new else "cpu")
-        options = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
+        options: dict = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
         options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
         for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF if new else True):
             out = self.pipe.encode_prompt(prompt, None, **options)
@@ -222,7 +217,7 @@ class Model:
         context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
 
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond, initial: bool = False) -> torch.Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
         """v(x_t, t) of the model, or of the initial one; the transformer autocasts if the text encoders are bf16.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
         transformer = self.initial.to(self.device) if initial else self.transformer
@@ -248,12 +243,12 @@ class Model:
         empty = self.encode([""])
         return lambda x, t: w * self.velocity(x, t, cond, initial) + (1 - w) * self.velocity(x, t, empty, initial)
 
-    def noise(self, draws: list[tuple]) -> torch.Tensor:
+    def noise(self, draws: list[tuple]) -> Tensor:
         """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
         return torch.stack([torch.randn(self.latent_shape, generator=generator_for(*d)) for d in draws]).to(self.device)
 
     @torch.no_grad()
-    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+    def decode(self, x_0: Tensor) -> Tensor:
         """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]. The VAE is fp32 everywhere."""
         z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
@@ -285,7 +280,7 @@ def load_model(args: Config, device: torch.device) -> Model:
 
 
 # -------------------------------------------------------------------------------------------------------------- METHOD
-def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
+def ode_sample(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, solver: str = "dpm2") -> Tensor:
     """Final latents of the flow ODE dx = v dt.   [DPM-Solver++(2M), arXiv 2211.01095, with alpha = 1 - t, sigma = t]
         euler:  x <- x + (t' - t) v
         dpm2:   x <- (t'/t) x + ((1 - t') - (t'/t) (1 - t)) D,   D = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
@@ -306,7 +301,9 @@ def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
     return x
 
 
-def draw_pairs(sigmas, num_pairs, num_prompts, group_size, latent_shape, generator, stratified=True, group_shared=True):
+def draw_pairs(sigmas: Tensor, num_pairs: int, num_prompts: int, group_size: int, latent_shape: tuple[int, ...],
+               generator: torch.Generator, stratified: bool = True,
+               group_shared: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Monte Carlo pairs (t_j, noise_j) of the surrogate.   [V-GRPO, section 3: group-shared, stratified]
     sigmas: (T + 1,) grid, its final 0 left out;  num_pairs: N, at most T if stratified;  latent_shape: (C, H, W)
     stratified: one uniform draw from each of N consecutive chunks of the grid, else N uniform draws from all of it
@@ -322,7 +319,8 @@ def draw_pairs(sigmas, num_pairs, num_prompts, group_size, latent_shape, generat
     return repeat(t, "p n -> (p g) n", g=copies), repeat(noise, "p n ... -> (p g) n ...", g=copies)
 
 
-def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
+def surrogate(velocity_fn: VelocityFn, x_0: Tensor, t: Tensor, noise: Tensor,
+              weighting: str = "adaptive") -> tuple[Tensor, Tensor]:  # fmt: skip
     """ELBO surrogate L of final samples: log pi(x_0 | prompt) <- -L.   [V-GRPO, Eq. 14]
         z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v(z_t, t);  L = mean_j l(t_j, noise_j)
         adaptive: l = mean_d (x0_hat - x_0)^2 / stopgrad(mean_d |x0_hat - x_0|)
@@ -343,12 +341,14 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
     return torch.stack(losses).mean(dim=0), torch.stack(x0_hats, dim=1)
 
 
-def soft_clip(adv, eta):
+def soft_clip(adv: Tensor, eta: float) -> Tensor:
     """Bounded advantage eta tanh(A / eta), slope 1 at 0.   [V-GRPO, Eq. 17]   adv: any shape;  eta > 0."""
     return eta * torch.tanh(adv / eta)
 
 
-def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=None, ref_kl_beta=0.0):
+def vgrpo_loss(L_new: Tensor, L_old: Tensor, adv: Tensor, clip_range: float | None = None, kl: Tensor | None = None,
+               kl_beta: float = 0.0, ref_kl: Tensor | None = None,
+               ref_kl_beta: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Negative V-GRPO objective.   [V-GRPO, section 3; D: Eq. 16]
         ratio = exp(L_old - L_new)
         loss = -mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)) + beta mean(D) + beta_ref mean(D_ref)
@@ -368,7 +368,8 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=
     return policy + kl_term, {name: value.detach() for name, value in metrics.items()}
 
 
-def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, old=None):
+def backward_pairs(velocity_fn: VelocityFn, initial_fn: VelocityFn, x_0: Tensor, t: Tensor, noise: Tensor, adv: Tensor,
+                   args: Config, share: float, old: tuple | None = None) -> Tensor:  # fmt: skip
     """Adds the gradient of share * vgrpo_loss to the weights, one pair at a time: memory is that of N = 1.
     L is a mean over pairs inside exp, so the chain rule is split: dloss/dL follows from the value of L alone and
     weighs each pair's gradient. Exactly loss.backward() over all pairs.
@@ -398,23 +399,26 @@ def backward_pairs(velocity_fn, initial_fn, x_0, t, noise, adv, args, share, old
     return torch.stack([values[0] if old is None else L_old, *values])
 
 
-def update(model, lines, data, minibatches, args, optimizer_step):
+def update(model: Model, lines: list[dict], data: tuple, minibatches: list, args: Config,
+           optimizer_step: Callable) -> Tensor:  # fmt: skip
     """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [V-GRPO, Alg. 1]
     lines: prompts of this process's n samples;  data: their x_0, t, noise, adv;  minibatches: lists of micro-batches,
     slices of the samples, the same in every pass and for theta_old, so that the first ratio is 1 to the last bit
     Returns L_old, L, D, D_ref of every sample in every pass, (4, update_epochs, n)."""
     old, steps = {}, minibatches * args.update_epochs
     for part in [part for minibatch in minibatches for part in minibatch] if len(steps) > 1 else ():
+        x_0, t, noise, _ = (x[part] for x in data)
         with torch.no_grad():
-            L, x0_hat = surrogate(model.velocity_fn(lines[part]), *(x[part] for x in data[:3]), args.weighting)
+            L, x0_hat = surrogate(model.velocity_fn(lines[part]), x_0, t, noise, args.weighting)
         old[part.start] = L, x0_hat if args.kl_beta else None
     total = args.prompts_per_iter * args.group_size / args.num_minibatches
     terms = data[0].new_zeros(4, args.update_epochs, len(lines))
     for step, minibatch in enumerate(steps):
         for part in minibatch:
             fns = model.velocity_fn(lines[part]), model.velocity_fn(lines[part], initial=True)
-            inputs, theta_old = (x[part] for x in data), old[part.start] if step else None
-            result = backward_pairs(*fns, *inputs, args, len(lines[part]) / total, theta_old)
+            x_0, t, noise, adv = (x[part] for x in data)
+            share, theta_old = len(lines[part]) / total, old[part.start] if step else None
+            result = backward_pairs(*fns, x_0, t, noise, adv, args, share, theta_old)
             terms[:, step // args.num_minibatches, part] = result
         optimizer_step()
     return terms
@@ -430,8 +434,7 @@ def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, pa
     sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
     for start in tqdm(range(RANK * B, len(samples), WORLD_SIZE * B), "evaluate", leave=False, disable=BAR_OFF):
         part = slice(start, start + B)
-        batch = [lines[p] for p, _ in samples[part]]
-        noise = model.noise([("eval", *sample) for sample in samples[part]])
+        batch, noise = [lines[p] for p, _ in samples[part]], model.noise([("eval", *name) for name in samples[part]])
         images = model.decode(args.sample(model.velocity_fn(batch), noise, sigmas))
         scores[:, part] = torch.stack([*compute_rewards(reward_fns, images, batch, B).values()])
         shown[part] = images[: len(shown[part])]
@@ -441,27 +444,16 @@ def evaluate(model: Model, args: Config, lines: list[dict], reward_fns: dict, pa
     return {f"eval/{name}": score.item() for name, score in zip(reward_fns, scores.mean(dim=1), strict=True)}
 
 
-def image_grid(images: torch.Tensor, captions: list[str]) -> Image.Image:
-    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their captions below."""
-    side = min(256, max(128, images.shape[3]))
-    grid = Image.new("RGB", (min(6, len(images)) * (side + 8), -(-len(images) // 6) * (side + 40)), "white")
-    for i, pixels in enumerate(rearrange(images * 255, "n c h w -> n h w c").round().byte().cpu().numpy()):
-        x, y, text = i % 6 * (side + 8) + 4, i // 6 * (side + 40) + 4, textwrap.wrap(captions[i], side // 6)[:3]
-        grid.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
-        ImageDraw.Draw(grid).text((x, y + side), "\n".join(text), "black", spacing=0)
-    return grid
-
-
 # ----------------------------------------------------------------------------------------------- checkpoint and logging
-def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, optimizer) -> None:
+def save_checkpoint(run_dir: Path, iteration: int, info: dict, model: Model, optimizer: torch.optim.AdamW) -> None:
     """Writes run_dir/checkpoint: safetensors and one JSON, synced, then renamed; the one before becomes .prev."""
     tmp, final, previous = (run_dir / f"checkpoint{suffix}" for suffix in (".tmp", "", ".prev"))
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
     moments = {f"{n}.{key}": x for n, p in model.trainable.items() for key, x in optimizer.state[p].items()}
-    safetensors.torch.save_file({name: p.data for name, p in model.trainable.items()}, tmp / "weights.safetensors")
+    tmp.mkdir()
+    safetensors.torch.save_file({n: p.data for n, p in model.trainable.items()}, tmp / "weights.safetensors")
     safetensors.torch.save_file(moments, tmp / "optimizer.safetensors")
-    (tmp / "state.json").write_text(json.dumps({"iteration": iteration, "config": asdict(args)}))
+    (tmp / "state.json").write_text(json.dumps({"iteration": iteration} | info))
     os.sync()  # on disk before it gets its name
     if final.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -469,17 +461,25 @@ def save_checkpoint(run_dir: Path, iteration: int, args: Config, model: Model, o
     tmp.rename(final)
 
 
-def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int:
-    """Restores run_dir/checkpoint (.prev if a kill left only that); returns its iteration. Raises UserError."""
+def read_checkpoint(run_dir: Path, *files: str) -> list[dict]:
+    """state.json and tensor files of run_dir/checkpoint, or of .prev if a kill left only that. Raises UserError."""
     folder = run_dir / ("checkpoint" if (run_dir / "checkpoint").exists() else "checkpoint.prev")
     try:
         state = json.loads((folder / "state.json").read_text())
-        weights, moments = (safetensors.torch.load_file(folder / f"{x}.safetensors") for x in ("weights", "optimizer"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        fail(f"--resume: {folder} is missing or damaged ({error}); checkpoint.prev is the one before.")
-    if {n: p.shape for n, p in model.trainable.items()} != {n: p.shape for n, p in weights.items()}:
-        changed = [name for name, value in state["config"].items() if value != getattr(args, name, None)]
-        fail(f"--resume: {folder} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
+        _ = Config(**state["config"]), int(state["iteration"])  # a TypeError names a flag that is not of this script
+        return [state, *(safetensors.torch.load_file(folder / f"{name}.safetensors") for name in files)]
+    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        fail(f"--resume: {folder} is missing, damaged or not of this script ({error}); is there a checkpoint.prev?")
+
+
+def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer: torch.optim.AdamW) -> int:
+    """Restores the checkpoint of run_dir; returns its iteration. Raises UserError."""
+    state, weights, moments = read_checkpoint(run_dir, "weights", "optimizer")
+    means = {key.removesuffix(".exp_avg"): x for key, x in moments.items() if key.endswith(".exp_avg")} or weights
+    shapes, *found = ({n: x.shape for n, x in tensors.items()} for tensors in (model.trainable, weights, means))
+    if found != [shapes, shapes]:
+        changed = [name for name, value in state["config"].items() if value != getattr(args, name)]
+        fail(f"--resume: {run_dir} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
     for name, p in model.trainable.items():
         p.data.copy_(weights[name])
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
@@ -488,10 +488,11 @@ def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int
 
 
 # --------------------------------------------------------------------------------------------------------- distributed
-def all_reduce(tensors) -> None:
-    """Sums each tensor over all processes, in place."""
+def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums each tensor over all processes, in place, and returns them."""
     for tensor in tensors if WORLD_SIZE > 1 else ():
         dist.all_reduce(tensor)
+    return tensors
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, args: Config, norms: list[float]) -> None:
@@ -512,7 +513,7 @@ def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     reward_fns, reward_weights = load_rewards(args.reward)
     P, gradient_steps = args.prompts_per_iter, args.update_epochs * args.num_minibatches
@@ -532,13 +533,13 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args, device)
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    info = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
     if RANK == 0:
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run_dir)
-        versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
-        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        config = {"config": asdict(args), "versions": versions, "git": git, "device": f"{WORLD_SIZE} x {device.type}"}
-        (run_dir / "config.json").write_text(json.dumps(config, indent=1))
+        (run_dir / "config.json").write_text(json.dumps(info, indent=1))
     log_path = run_dir / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
     if done and RANK == 0:  # drop what is newer than the checkpoint; one line an iteration, from 0
         os.truncate(log_path, sum(map(len, log_path.read_bytes().splitlines(keepends=True)[: done + 1])))
@@ -551,9 +552,9 @@ def main(argv: list[str] | None = None) -> None:
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
     if not done:
         print(json.dumps({"iteration": 0} | before), file=log)
-    norms, stop = [], []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0
-        signal.signal(number, lambda *_: stop.append(tqdm.write("Stopping after this iteration.")))
+    norms, stop, halt = list[float](), list(), False
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, exit 0; a second one: at once
+        signal.signal(number, lambda n, _: stop.append((signal.signal(n, signal.SIG_DFL), os.write(2, b"Stopping.\n"))))
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
         lines = [schedule[(iteration - 1) * P + slot] for slot, _ in samples]
@@ -573,12 +574,12 @@ def main(argv: list[str] | None = None) -> None:
         t, noise = (torch.cat(x).to(device) for x in zip(*pairs, strict=True))
         clock.append(time.perf_counter())
         # ---- reward: of final images
-        rewards = torch.zeros(len(reward_fns), P * G, device=device)
-        rewards[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
-        all_reduce([rewards])
+        scored = torch.zeros(len(reward_fns), P * G, device=device)
+        scored[:, mine] = torch.stack([*compute_rewards(reward_fns, images, lines, args.micro_batch).values()])
+        rewards = dict(zip(reward_fns, *all_reduce([scored]), strict=True))
         clock.append(time.perf_counter())
         # ---- advantage: in the group, soft-clipped (Eq. 17)
-        clamp, rewards = None if args.soft_clip else 5.0, dict(zip(reward_fns, rewards, strict=True))
+        clamp = None if args.soft_clip else 5.0
         adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std, clamp)
         adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
         # ---- update: on the stored pairs
@@ -592,34 +593,38 @@ def main(argv: list[str] | None = None) -> None:
         clock.append(time.perf_counter())
         # <<< METHOD
         # ---- log
-        metrics = {name: value.item() for name, value in metrics.items()}
-        metrics |= {"optim/lr": args.lr, "optim/grad_norm": sum(norms[-gradient_steps:]) / gradient_steps}
-        metrics |= {f"time/{stage}": clock[i + 1] - clock[i] for i, stage in enumerate(("sample", "reward", "update"))}
+        logged = {name: value.item() for name, value in metrics.items()}
+        finite = [norm for norm in norms[-gradient_steps:] if math.isfinite(norm)]  # others were not stepped on
+        logged |= {"optim/lr": args.lr, "optim/grad_norm": sum(finite) / max(1, len(finite))}
+        logged["optim/skipped_steps"] = gradient_steps - len(finite)
+        logged |= {f"time/{stage}": clock[i + 1] - clock[i] for i, stage in enumerate(("sample", "reward", "update"))}
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
-        last = iteration == args.iterations or bool(stop)
+        logged |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
+        halt = bool(all_reduce([torch.tensor(len(stop), device=device)])[0] > 0)  # a signal to one stops all
+        last = iteration == args.iterations or halt
         if iteration % args.eval_every == 0 or last:
             scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
-            metrics |= scores
-        print(json.dumps({"iteration": iteration} | metrics), file=log)
-        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", ratio=f"{metrics['policy/ratio_mean']:.4f}")
+            logged |= scores
+        print(json.dumps({"iteration": iteration} | logged), file=log)
+        bar.set_postfix(reward=f"{logged['reward/mean']:.3f}", ratio=f"{logged['policy/ratio_mean']:.4f}")
         if RANK == 0 and (iteration % args.save_every == 0 or last):
-            save_checkpoint(run_dir, iteration, args, model, optimizer)
+            save_checkpoint(run_dir, iteration, info, model, optimizer)
         if last:
             break
     if RANK == 0:
         bar.close()
         print(*(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}" for name in before), sep="\n")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
-        if stop:
+        if halt:
             print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a user's mistake: one sentence, exit code 2
-        message, memory = str(error).strip().split("\n")[0], isinstance(error, torch.OutOfMemoryError)
-        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else ""
-        print(f"error: {message}{mend}", file=sys.stderr)
+    except (UserError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:  # one sentence, exit 2
+        memory, disk = (isinstance(error, x) for x in (torch.OutOfMemoryError, safetensors.SafetensorError))
+        mend = " The checkpoint before is intact: make room, then continue it with --resume." if disk else ""
+        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else mend
+        print("error: " + str(error).strip().split("\n")[0] + mend, file=sys.stderr)
         sys.exit(2)

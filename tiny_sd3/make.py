@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rewards import GROUND, PALETTE, SHAPES, SIDES, shapes  # noqa: E402
+from rewards import GROUND, PALETTE, SHAPES, SIDES, image_grid, shapes  # noqa: E402
 
 SIZE = 64
 NUMBERS = {1: "a", 2: "two", 3: "three"}
@@ -360,8 +360,6 @@ def evaluate(pipe, prompts_file: Path, per_prompt: int = 8) -> dict[str, float]:
 
 def sample_grid(pipe, prompts_file: Path, out: Path) -> None:
     """samples.png of the model card: twelve evaluation prompts with the rewards of their images."""
-    from vgrpo import image_grid
-
     lines = [json.loads(line) for line in prompts_file.read_text(encoding="utf-8").splitlines()][:12]
     prompts = [line["prompt"] for line in lines]
     images = sample(pipe, prompts, seed=0)
