@@ -20,6 +20,7 @@ import re
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1982,6 +1983,35 @@ def test_three_processes_equal_one(tmp_path):
     assert code == 0, out + err
     run(tmp_path / "one", *flags.split(), script=pave_grpo)
     assert_runs_are_close(tmp_path / "one", tmp_path / "three")
+
+
+@both
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_name_the_resume_command(tmp_path, script, number, capsys):
+    def stopping(images, prompts, metadata):
+        if len(prompts) == 4 and signal.getsignal(number) != signal.SIG_DFL:  # in training; evaluations have three
+            signal.raise_signal(number)
+        return torch.rand(len(prompts), generator=gen())
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    flags = "--iterations 5 --reward spy=1 --save_every 9 --group_size 4 --lora_rank 2".split()
+    try:
+        with unittest.mock.patch.dict(rewards.REWARDS, {"spy": stopping}):
+            lines = run(tmp_path / "run", *flags, "--prompts_per_iter", "1", script=script)
+        assert signal.getsignal(number) == signal.SIG_DFL, "a second signal ends the process at once"
+    finally:
+        _ = [signal.signal(*pair) for pair in handlers.items()]
+    assert [line["iteration"] for line in lines] == [0, 1] and "eval/spy" in lines[-1]
+    assert script.read_checkpoint(tmp_path / "run")[0]["iteration"] == 1
+    assert f"{Path(script.__file__).name} --resume {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+@both
+def test_prompts_that_do_not_divide_over_processes_are_refused(script, monkeypatch):
+    monkeypatch.setattr(script, "WORLD_SIZE", 3)
+    with pytest.raises(rewards.UserError, match="--prompts_per_iter a multiple of 3"):
+        script.parse_args(["--prompts_per_iter", "4"])
+    assert script.parse_args(["--prompts_per_iter", "6"]).prompts_per_iter == 6
 
 
 def test_a_process_that_dies_takes_the_run_down(tmp_path):
