@@ -622,7 +622,7 @@ def main(argv: list[str] | None = None) -> None:
         logged |= {"nfe/sample": sampling, "nfe/update": updating, "mem/peak_gib": peak / 2**30}
         halt = bool(all_reduce([torch.tensor(len(stop), device=device)])[0] > 0)  # a signal to one stops all
         last = iteration == args.iterations or halt
-        if iteration % args.eval_every == 0 or last:
+        if iteration % args.eval_every == 0 or iteration == args.iterations:  # not at a halt: it leaves no trace
             scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png")
             logged |= scores
         print(json.dumps({"iteration": iteration} | logged), file=log)

@@ -2001,7 +2001,7 @@ def test_signals_save_and_name_the_resume_command(tmp_path, script, number, caps
         assert signal.getsignal(number) == signal.SIG_DFL, "a second signal ends the process at once"
     finally:
         _ = [signal.signal(*pair) for pair in handlers.items()]
-    assert [line["iteration"] for line in lines] == [0, 1] and "eval/spy" in lines[-1]
+    assert [line["iteration"] for line in lines] == [0, 1] and "eval/spy" not in lines[-1], "no time for it"
     assert script.read_checkpoint(tmp_path / "run")[0]["iteration"] == 1
     assert f"{Path(script.__file__).name} --resume {tmp_path / 'run'}" in capsys.readouterr().out
 
