@@ -236,7 +236,8 @@ def sweep(options, device: torch.device, path: Path) -> bool:
         measure(model, script, preset, args, options.repeats, record, peak)
 
     for name, c in (dict.fromkeys(f"{kind}-encoders" for kind in RESOLUTIONS) | configurations()).items():
-        if name in records or not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
+        done = name in records and "error" not in records[name] and records[name]["quick"] <= options.quick
+        if done or not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
             continue
         if time.time() > end:
             print(f"--minutes {options.minutes:g} are over; the same command goes on from here.")
