@@ -225,40 +225,40 @@ def estimate() -> None:
     for kind, name, px in CASES:
         script, model = SCRIPTS[name], models[kind]
         args = script.Config(**script.PRESETS[kind] | {"model": kind, "resolution": px})
-        sample, update, forward, backward = tflop_per_image(script, args, model.transformer.config)
+        sample, update, forward, backward = tflop_per_image(name, args, model.transformer.config)
         seconds = [f"{sample / share / DATA_SHEET:.2f} + {update / share / DATA_SHEET:.2f}" for share in shares]
         title = f"| {kind} {name} {px} | "
         print(f"{title}{forward:.2f} | {backward:.2f} | {sample:.0f} | {update:.1f} | {', '.join(seconds)} |")
         model.latent_shape = 16, px // 8, px // 8
         saved = saved_gib(model, args)
-        rows.append(title + " | ".join([f"{x:.2f}" for x in saved] + fitting(model, script, args, saved, cards)) + " |")
+        rows.append(title + " | ".join([f"{x:.2f}" for x in saved] + fitting(model, name, args, saved, cards)) + " |")
     print("\n| largest --micro_batch up to 16 | GiB a latent | with checkpointing | "
           f"{' | '.join(f'{card} GB' for card in cards)} |\n|" + "---|" * 7)  # fmt: skip
     print("\n".join(rows))
 
 
-def transition_calls(script, args) -> int:
+def transition_calls(script: str, args) -> int:
     """Network evaluations of which one gradient keeps the graph: a pair's one; Pave-GRPO: all of a transition's."""
-    return 1 if script is vgrpo else 1 + sum(k - 1 for k in args.splits)
+    return 1 if script == "vgrpo" else 1 + sum(k - 1 for k in args.splits)
 
 
-def tflop_per_image(script, args, config) -> tuple[float, float, float, float]:
+def tflop_per_image(script: str, args, config) -> tuple[float, float, float, float]:
     """TFLOP an image of a preset to sample and to update, and of one evaluation forward and backward."""
     forward, backward = (
         f / 1e12 for f in flops(args.model, config, args.resolution, context_tokens(args), args.lora_rank)
     )
     sampling, updating = (calls(args) * n for n in args.sizes()[3:])
     graph = transition_calls(script, args)
-    with_graph = graph / (graph + 1) if script is pave_grpo and args.kl_beta else 1  # the KL's evaluation has none
+    with_graph = graph / (graph + 1) if script == "pave_grpo" and args.kl_beta else 1  # the KL's evaluation has none
     return sampling * forward, updating * (forward + with_graph * backward), forward, backward
 
 
-def fitting(model, script, args, saved, cards) -> list[str]:
+def fitting(model, script: str, args, saved, cards) -> list[str]:
     """The largest micro-batch of 16, 8, 4, 2, 1 for cards of so many GB; checkpointing only where none fits without.
     Counted: weights, LoRA's optimizer, the reward models, an iteration's images and pairs, activations of an update.
     An eighth of the card is left to the VAE's decoding and the allocator."""
     lora, images = sum(p.numel() for p in model.trainable.values()), args.prompts_per_iter * args.sizes()[0]
-    latent, pave = 4 * model.latent_shape[0] * model.latent_shape[1] ** 2, script is pave_grpo
+    latent, pave = 4 * model.latent_shape[0] * model.latent_shape[1] ** 2, script == "pave_grpo"
     fixed = 2 * (numbers(model.transformer) - lora) + 16 * lora + 4 * numbers(model.vae)
     fixed += 2 * sum(x.numel() for x in model.transformer.buffers())
     fixed += sum(1e9 * REWARDS_GB[item.split("=")[0]] for item in args.reward.split(","))

@@ -317,19 +317,24 @@ def presets() -> list[str]:
 
 def project(records: dict[str, dict]) -> None:
     """One iteration of V-GRPO's SD3.5-Medium recipe, 48 prompts x 24 images, 40 steps, N = 4, from measured parts."""
+    args = vgrpo.Config(**vgrpo.PRESETS["sd3"] | {"model": "sd3"})
+    assert (args.prompts_per_iter, args.group_size, args.steps, args.num_pairs) == (48, 24, 40, 4), "the paper's recipe"
     done = [r for name, r in records.items() if name.startswith("sd3-vgrpo-512-") and "update" in r and not r["small"]]
-    if not done:
-        return print("not measured: the results hold no sd3-vgrpo-512 configuration; --estimate gives estimates")
-    best = min(done, key=lambda r: r["sample"]["s_per_image"] + r["decode"]["s_per_image"] + r["update"]["s_per_image"])
-    parts = [best[phase]["s_per_image"] for phase in ("sample", "decode", "update")]
-    print(f"from {best['name']} on {best['device']}, without rewards and all-reduce:")
-    total = " + ".join(
-        f"{phase} {seconds:.3f}" for phase, seconds in zip(("sample", "decode", "update"), parts, strict=True)
-    )
+    cost = lambda r: {phase: r[phase]["s_per_image"] for phase in ("sample", "decode", "update")}  # noqa: E731
+    if done:
+        best = min(done, key=lambda r: sum(cost(r).values()))
+        parts = cost(best)
+        print(f"from {best['name']} on {best['device']}, without rewards and all-reduce:")
+    else:
+        speed = 0.4 * real.DATA_SHEET
+        sample, update, *_ = real.tflop_per_image("vgrpo", args, real.REAL["sd3"])
+        parts = {"sample": sample / speed, "update": update / speed}
+        print(f"not measured. ESTIMATE at 40% of {real.DATA_SHEET} TFLOP/s, without decoding, rewards and all-reduce:")
+    terms, total = " + ".join(f"{phase} {seconds:.3f}" for phase, seconds in parts.items()), sum(parts.values())
     for gpus in (1, 8):
         images = 48 // gpus * 24
-        print(f"{gpus} GPU: {48 // gpus} prompts x 24 = {images} images x ({total} s) = {images * sum(parts):.0f} s an "
-              f"iteration, {images * sum(parts) * 150 / 3600:.1f} h for the recipe's 150")  # fmt: skip
+        print(f"{gpus} GPU: {48 // gpus} prompts x 24 = {images} images x ({terms} s) = {images * total:.0f} s an "
+              f"iteration, {images * total * args.iterations / 3600:.1f} h for {args.iterations}")  # fmt: skip
 
 
 def check() -> None:
