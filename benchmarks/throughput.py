@@ -294,8 +294,9 @@ def table(records: dict[str, dict]) -> None:
     formats = {"s_per_image": "{:.3g}", "tflops": "{:.3g}", "share": "{:.0%}", "peak_gib": "{:.1f}"}
     for name, r in ({key: {} for key in presets()} | records).items():
         if "encoders" not in name:
-            absent = "oom" if "oom" in r else "error" if "error" in r else "not measured"
-            cells = [absent if (x := r.get(a, {}).get(b)) is None else formats[b].format(x) for a, b in columns]
+            failed = "oom" if "oom" in r else "error" if "error" in r else "not measured"
+            absent = {phase: "not measured" if phase in r else failed for phase, _ in columns}
+            cells = [absent[a] if (x := r.get(a, {}).get(b)) is None else formats[b].format(x) for a, b in columns]
             print(f"| {name} | " + " | ".join(cells) + " |")
     print("\n| text encoders | weights GiB | peak GiB | s/prompt | to the host s | back s |\n|" + "---|" * 6)
     for kind in RESOLUTIONS:
