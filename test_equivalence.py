@@ -2230,3 +2230,92 @@ def test_sizes_of_functions_and_of_the_method(script):
     for function in vars(script).values():
         if inspect.isfunction(function) and function.__module__ == script.__name__:
             assert len(inspect.getsource(function).splitlines()) <= (180 if function is script.main else 60)
+
+
+# ------------------------------------------------------------------------------------------------------ speed, and CUDA
+
+
+def test_throughput_counts_flops_and_evaluations(monkeypatch):
+    """benchmarks/throughput.py --check: its FLOP rule against torch's counter, evaluations against `sizes`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import throughput
+
+    throughput.check()
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def one_update(script, device, *flags):
+    """`update` of the bundled model's LoRA on drawn data, the same on every device, without a step of the optimizer.
+    Returns the first and the second half of its terms, of theta_old and of theta, and the gradient as one vector."""
+    always = "--full false --prompts_per_iter 4 --group_size 4 --micro_batch 8 --steps 6".split()
+    args = script.parse_args([*always, *flags, *(["--sde_steps", "0", "2"] if script is pave_grpo else [])])
+    model, sigmas = script.load_model(args, torch.device(device)), script.sigma_grid(6, 3.0)
+    draw, shape = gen(1), model.latent_shape
+    for name, p in model.trainable.items():  # LoRA starts at 0, where half of its gradient is 0
+        p.data += 0.02 * torch.randn(p.shape, generator=gen(len(name))).to(p)
+    lines = script.load_prompts(args.prompts)[:4]
+    if script is vgrpo:
+        lines, x_0 = [line for line in lines for _ in range(4)], torch.randn(16, *shape, generator=draw)
+        t, noise = vgrpo.draw_pairs(sigmas, args.num_pairs, 4, 4, shape, draw)
+        data, n = (x_0, t, noise, torch.randn(16, generator=draw)), 16
+    else:
+        x_t, noise = torch.randn(4, 2, *shape, generator=draw), torch.randn(4, 2, 4, *shape, generator=draw)
+        data, n = (x_t, x_t[:, :, None] + 0.1 * noise, torch.randn(4, 2, 4, generator=draw), sigmas), 4
+    total, gradients = n // args.num_minibatches, []
+    B = min(args.sizes()[2], total)
+    minibatches = [[slice(i, i + B) for i in range(end - total, end, B)] for end in range(total, n + 1, total)]
+
+    def step():
+        gradients.append(torch.cat([p.grad.flatten().float().cpu() for p in model.trainable.values()]))
+        model.transformer.zero_grad()
+
+    terms = script.update(model, lines, tuple(x.to(device) for x in data), minibatches, args, step).float().cpu()
+    half = len(terms) // 2
+    old, new = (terms[:1], terms[1:2]) if script is vgrpo else (terms[:half], terms[half : 2 * half])
+    return old, new, gradients[0]
+
+
+@cuda
+@both
+def test_cuda_step_in_bf16_is_near_the_fp32_step_on_the_cpu(script):
+    """Likelihoods within 1 % (V-GRPO; Pave-GRPO: 0.01 nats a dimension), gradient within 5 % of its norm."""
+    (_, expected, expected_gradient), (_, found, gradient) = (one_update(script, device) for device in ("cpu", "cuda"))
+    error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+    print(
+        f"{script.__name__}: relative error of the gradient {error:.1e}, of terms {(found - expected).abs().max():.1e}"
+    )
+    assert error < 0.05
+    assert ((found - expected).abs() <= (0.01 * expected.abs() if script is vgrpo else 0.01)).all()
+
+
+@cuda
+@both
+def test_cuda_ratio_is_exactly_1_before_the_weights_move(script):
+    """bf16, theta_old without and theta with a graph, equal micro-batches: not one bit may differ."""
+    old, new, gradient = one_update(script, "cuda", "--num_minibatches", "2", "--update_epochs", "2")
+    assert torch.equal(old, new) and gradient.norm() > 0
+
+
+@cuda
+def test_cuda_run_rises_like_the_cpu_run(tmp_path):
+    """20 iterations of `python vgrpo.py`: at least half the rise in eval/shapes of the CPU's run of the same seed."""
+    lines = (ROOT / "benchmarks/results/default-s0.jsonl").read_text().splitlines()
+    reference = [line["eval/shapes"] for line in map(json.loads, lines) if line["iteration"] in (0, 20)]
+    vgrpo.main(["--iterations", "20", "--eval_every", "20", "--run_dir", str(tmp_path)])
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    before, after = (line["eval/shapes"] for line in lines if "eval/shapes" in line)
+    print(f"eval/shapes: CUDA {before:.3f} -> {after:.3f}, CPU {reference[0]:.3f} -> {reference[1]:.3f}")
+    assert abs(before - reference[0]) < 0.05 and after - before > 0.5 * (reference[1] - reference[0])
+
+
+@cuda
+@both
+def test_cuda_compiled_blocks_give_the_same_loss(script):
+    """--compile: likelihoods within 1 % (Pave-GRPO: 0.01 nats a dimension), gradient within 5 % of its norm."""
+    (_, expected, expected_gradient), (_, found, gradient) = (
+        one_update(script, "cuda", *f) for f in ((), ("--compile",))
+    )
+    assert (gradient - expected_gradient).norm() < 0.05 * expected_gradient.norm()
+    assert ((found - expected).abs() <= (0.01 * expected.abs() if script is vgrpo else 0.01)).all()
