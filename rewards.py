@@ -93,12 +93,8 @@ SHAPES = ("circle", "square", "triangle")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction in pixels, y downwards
 
 MIN_COVERAGE = 0.5  # a pixel belongs to an object when the object covers at least half of it (anti-aliased edges)
-MIN_COSINE = (
-    0.9  # largest accepted hue error, as the cosine to the palette's direction; palette neighbours are below 0.9
-)
-MIN_AREA = (
-    0.006  # smaller specks are decoder noise, not objects; share of the image (25 px of 64 x 64, smallest object: 128)
-)
+MIN_COSINE = 0.9  # largest hue error, as the cosine to the palette's direction; palette neighbours are below 0.9
+MIN_AREA = 0.006  # share of the image; smaller specks are decoder noise (25 px of 64 x 64, the smallest object has 128)
 FILL = (0.66, 0.89)  # area / bounding box: triangle 1/2, circle pi/4, square 1; the bounds lie halfway
 MAX_ASPECT = 1.35  # longer side of the bounding box over the shorter; all three shapes are 1
 
@@ -142,10 +138,9 @@ def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float
     direction = torch.tensor(list(PALETTE.values()), device=images.device).float() / 255 - ground
     offset = images.float() - ground.view(1, 3, 1, 1)
     distance = offset.square().sum(dim=1).sqrt()  # Tensor.norm over dim 1 takes ten times as long on the CPU
-    projection, colour = torch.einsum("nchw,kc->nkhw", offset, direction / direction.norm(dim=1, keepdim=True)).max(
-        dim=1
-    )
-    cosine, coverage = projection / distance.clamp_min(1e-6), projection / direction.norm(dim=1)[colour]
+    length = direction.norm(dim=1)
+    projection, colour = torch.einsum("nchw,kc->nkhw", offset, direction / length[:, None]).max(dim=1)
+    cosine, coverage = projection / distance.clamp_min(1e-6), projection / length[colour]
     unknown = len(PALETTE)
     colour = torch.where(cosine < MIN_COSINE, unknown, colour)
     strong = torch.where(colour == unknown, distance > 0.4, coverage > MIN_COVERAGE)
@@ -229,13 +224,16 @@ def jpeg(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torc
     Range below 0, higher is smaller.  No model, no licence.  Source: DDPO (arXiv 2305.13301), its compressibility task.
     Ignores the prompt: trained alone it ends in flat images, which is what makes it a good smoke test.
     """
-    pixels = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    sizes = []
-    for array in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, "JPEG", quality=95)
-        sizes.append(buffer.tell() / 1000)
+    sizes = [len(file) / 1000 for file in encoded(images, "JPEG", quality=95)]
     return -torch.tensor(sizes, device=images.device) / 500
+
+
+def encoded(images: torch.Tensor, format: str, **options) -> list[bytes]:
+    """Images (N, 3, H, W) in [0, 1] as files in one of Pillow's formats."""
+    files = [io.BytesIO() for _ in images]
+    for file, pixels in zip(files, (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu(), strict=True):
+        Image.fromarray(pixels.numpy()).save(file, format, **options)
+    return [file.getvalue() for file in files]
 
 
 # ------------------------------------------------------------------------------------------------ CLIP and its children
@@ -244,21 +242,42 @@ CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s
 
 
 def load_pretrained(name: str, cls: type, source: str, **options):
-    """cls.from_pretrained(source), a hub id or a folder: no pickle, no remote code.  Raises UserError."""
+    """cls.from_pretrained(source), a hub id or a folder: no pickle, no remote code, no weight left random.
+
+    options: for a model, config and state_dict if its weights are a file of another layout that came from source
+    Raises UserError.
+    """
+    model, where = issubclass(cls, torch.nn.Module), None if "state_dict" in options else source
     try:
-        loaded = cls.from_pretrained(source, **options)
+        if not model:
+            return cls.from_pretrained(where, **options)
+        loaded, found = cls.from_pretrained(where, output_loading_info=True, use_safetensors=True, **options)
+        wrong = [*found["missing_keys"], *(found["unexpected_keys"] if where is None else ())]
+        if wrong:
+            raise ValueError(f"weights do not fit: {sorted(wrong)[0]}")
     except Exception as error:  # of another class than expected, a folder raises anything
         raise cannot_load(name, source, error) from error
-    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+    return loaded.float().eval().requires_grad_(False)
 
 
 def load_weights(name: str, source: str, file: str) -> dict[str, torch.Tensor]:
     """State dict of a .pt or .pth file of a hub repository or a folder; only tensors are read, nothing is unpickled."""
     try:
         path = Path(source) / file if Path(source).is_dir() else hf_hub_download(source, file)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("state_dict", state)
+    except (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise cannot_load(name, f"{source}/{file}", error) from error
+
+
+def renamed(state: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """A state dict with each old part of a name replaced by its new one, in the table's order."""
+    result = {}
+    for key, value in state.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        result[key] = value
+    return result
 
 
 def cannot_load(name: str, source: str, error: Exception) -> UserError:
@@ -293,14 +312,30 @@ def normalised(x: torch.Tensor, processor) -> torch.Tensor:
     return (x - mean) / std
 
 
-def clip_cosine(model, processor, images: torch.Tensor, prompts: list[str], pad: bool = False) -> torch.Tensor:
-    """Cosine of image and text embeddings, (N,), of a CLIPModel on the images' device."""
-    model.to(images.device)
+def load_clip(name: str, source: str, processor: str | None = None) -> tuple:
+    """CLIPModel and CLIPProcessor of a hub id or folder, the processor perhaps of another.  Raises UserError."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    return load_pretrained(name, CLIPModel, source), load_pretrained(name, CLIPProcessor, processor or source)
+
+
+def clip_image(model, processor, images: torch.Tensor, pad: bool = False) -> torch.Tensor:
+    """Unit image embeddings (N, D) of a CLIPModel, which moves to the images' device."""
+    pixels = clip_pixels(images, processor.image_processor, pad)
+    out = model.to(images.device).get_image_features(pixel_values=pixels)
+    return F.normalize(getattr(out, "pooler_output", out), dim=1)  # transformers 5, and 4
+
+
+def clip_text(model, processor, prompts: list[str]) -> torch.Tensor:
+    """Unit text embeddings (N, D) of a CLIPModel."""
     tokens = processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-    image = model.get_image_features(pixel_values=clip_pixels(images, processor.image_processor, pad))
-    text = model.get_text_features(**tokens.to(images.device))
-    image, text = (getattr(out, "pooler_output", out) for out in (image, text))  # transformers 5 and 4
-    return F.cosine_similarity(image, text)
+    out = model.get_text_features(**tokens.to(model.device))
+    return F.normalize(getattr(out, "pooler_output", out), dim=1)
+
+
+def clip_cosine(model, processor, images: torch.Tensor, prompts: list[str], pad: bool = False) -> torch.Tensor:
+    """Cosine of image and text embeddings, (N,), on the images' device."""
+    return (clip_image(model, processor, images, pad) * clip_text(model, processor, prompts)).sum(dim=1)
 
 
 def pickscore(source: str | None = None) -> RewardFn:
@@ -309,10 +344,7 @@ def pickscore(source: str | None = None) -> RewardFn:
     Hub: yuvalkirstain/PickScore_v1 (MIT), processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Source: arXiv
     2305.01569; the division by 26 is Flow-GRPO's, other code bases leave it out.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
-    model = load_pretrained("pickscore", CLIPModel, source or "yuvalkirstain/PickScore_v1", use_safetensors=True)
-    processor = load_pretrained("pickscore", CLIPProcessor, source or CLIP_H)
+    model, processor = load_clip("pickscore", source or "yuvalkirstain/PickScore_v1", source or CLIP_H)
     scale = model.logit_scale.exp().item() / 26
     return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
 
@@ -322,10 +354,7 @@ def clipscore(source: str | None = None) -> RewardFn:
 
     Hub: openai/clip-vit-large-patch14 (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 2.5.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
-    model = load_pretrained("clipscore", CLIPModel, source or CLIP_L, use_safetensors=True)
-    processor = load_pretrained("clipscore", CLIPProcessor, source or CLIP_L)
+    model, processor = load_clip("clipscore", source or CLIP_L)
     scale = model.logit_scale.exp().item() / 100  # 1 for OpenAI's weights
     return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
 
@@ -336,21 +365,24 @@ def aesthetic(source: str | None = None) -> RewardFn:
     Hub: openai/clip-vit-large-patch14 (MIT), head trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: DDPO, arXiv
     2305.13301.  Ignores the prompt.
     """
-    from transformers import CLIPImageProcessor, CLIPModel
+    clip, processor = load_clip("aesthetic", source or CLIP_L)
+    hub = source or "trl-lib/ddpo-aesthetic-predictor"
+    head = linear_stack("aesthetic", hub, load_weights("aesthetic", hub, "aesthetic-model.pth"))
+    return lambda images, prompts, metadata: head.to(images.device)(clip_image(clip, processor, images)).squeeze(1)
 
-    model = load_pretrained("aesthetic", CLIPModel, source or CLIP_L, use_safetensors=True)
-    processor = load_pretrained("aesthetic", CLIPImageProcessor, source or CLIP_L)
-    state = load_weights("aesthetic", source or "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
-    layers = sorted({key.rpartition(".")[0] for key in state}, key=lambda key: int(key.rpartition(".")[2]))
 
-    def reward(images, prompts, metadata):
-        image = model.to(images.device).get_image_features(pixel_values=clip_pixels(images, processor))
-        x = F.normalize(getattr(image, "pooler_output", image), dim=1)
-        for layer in layers:  # dropout between them in training, no activations
-            x = F.linear(x, state[f"{layer}.weight"].to(x), state[f"{layer}.bias"].to(x))
-        return x.squeeze(1)
-
-    return reward
+def linear_stack(name: str, source: str, state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
+    """Five linear layers, layers.N.weight and .bias; dropout between them in training, no activations.  UserError."""
+    layers = []
+    try:
+        for weight, bias in ((state.pop(f"layers.{i}.weight"), state.pop(f"layers.{i}.bias")) for i in (0, 2, 4, 6, 7)):
+            layers.append(torch.nn.Linear(*weight.shape[::-1]).requires_grad_(False))
+            layers[-1].load_state_dict({"weight": weight, "bias": bias})
+        if state:
+            raise KeyError(min(state))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise cannot_load(name, source, ValueError(f"weights do not fit: {error}")) from error
+    return torch.nn.Sequential(*layers)
 
 
 def hpsv2(source: str | None = None) -> RewardFn:
@@ -362,52 +394,36 @@ def hpsv2(source: str | None = None) -> RewardFn:
     """
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
-    state = load_weights("hpsv2", source or "xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    hub = source or "xswu/HPSv2"
+    state = from_open_clip(load_weights("hpsv2", hub, "HPS_v2.1_compressed.pt"))
     config = load_pretrained("hpsv2", CLIPConfig, source or CLIP_H)
     processor = load_pretrained("hpsv2", CLIPProcessor, source or CLIP_H)
-    state = from_open_clip(state.get("state_dict", state))
-    model, found = CLIPModel.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
-    wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
-    if wrong:
-        raise cannot_load("hpsv2", source or "xswu/HPSv2", KeyError(f"weights do not fit: {wrong[0]}"))
-    model = model.float().eval().requires_grad_(False)
+    model = load_pretrained("hpsv2", CLIPModel, hub, config=config, state_dict=state)
     return lambda images, prompts, metadata: clip_cosine(model, processor, images, prompts, pad=True)
 
 
-OPEN_CLIP = {  # open_clip's names, in this order, to transformers'
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+OPEN_CLIP = {  # parts of open_clip's names, in this order, to transformers'
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.", "visual.ln_pre.": "vision_model.pre_layrnorm.",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.", "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
+    "token_embedding.": "text_model.embeddings.token_embedding.", "ln_final.": "text_model.final_layer_norm.",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-}
-OPEN_CLIP_BLOCK = {"attn.": "self_attn.", "ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.", "mlp.c_fc.": "mlp.fc1.",
-                   "mlp.c_proj.": "mlp.fc2."}  # fmt: skip
+    "transformer.resblocks.": "text_model.encoder.layers.", ".attn.": ".self_attn.", ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.", ".c_fc.": ".fc1.", ".c_proj.": ".fc2.",
+}  # fmt: skip
 
 
 def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An open_clip CLIP state dict under CLIPModel's names: fused q, k, v split, projection matrices transposed."""
     result = {}
-    for key, value in state.items():
-        if key == "attn_mask":  # a buffer of old checkpoints
-            continue
-        prefix = next((p for p in OPEN_CLIP if key.startswith(p)), "")
-        name = OPEN_CLIP.get(prefix, "") + key[len(prefix) :]
-        if ".layers." in name:
-            for old, new in OPEN_CLIP_BLOCK.items():
-                name = name.replace(f".{old}", f".{new}")
-        if ".in_proj_" in name:
-            for part, tensor in zip("qkv", value.chunk(3), strict=True):
-                result[name.replace("in_proj_", f"{part}_proj.")] = tensor
-        else:
-            result[name] = value.T if key in ("visual.proj", "text_projection") else value
+    for key, value in renamed(state, OPEN_CLIP).items():
+        if ".in_proj_" in key:
+            q_k_v = zip("qkv", value.chunk(3), strict=True)
+            result |= {key.replace("in_proj_", f"{part}_proj."): tensor for part, tensor in q_k_v}
+        elif key != "attn_mask":  # a buffer of old checkpoints
+            result[key] = value.T if "_projection." in key else value
     return result
 
 
@@ -424,7 +440,7 @@ def ocr(source: str | None = None) -> RewardFn:
     from transformers import GotOcr2ForConditionalGeneration, GotOcr2Processor
 
     name = source or "stepfun-ai/GOT-OCR-2.0-hf"
-    model = load_pretrained("ocr", GotOcr2ForConditionalGeneration, name, use_safetensors=True)
+    model = load_pretrained("ocr", GotOcr2ForConditionalGeneration, name)
     processor = load_pretrained("ocr", GotOcr2Processor, name)
     question = processor(Image.new("RGB", (64, 64)), return_tensors="pt").input_ids  # the same for every image
     stop = {"tokenizer": processor.tokenizer, "stop_strings": "<|im_end|>", "do_sample": False, "max_new_tokens": 64}
@@ -487,10 +503,8 @@ def vlm(source: str | None = None) -> RewardFn:
         raise UserError("reward vlm needs an endpoint: --reward vlm@http://HOST:PORT/v1=1.")
     model = call_vlm(source, "/models")["data"][0]["id"]
 
-    def judge(pixels, prompt):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    def judge(file, prompt):
+        url = "data:image/png;base64," + base64.b64encode(file).decode()
         question = {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}
         content = [{"type": "image_url", "image_url": {"url": url}}, question]
         body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
@@ -501,19 +515,16 @@ def vlm(source: str | None = None) -> RewardFn:
         return float(scores[-1]) / 5
 
     def reward(images, prompts, metadata):
-        pixels = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
         with ThreadPoolExecutor(VLM_REQUESTS) as pool:
-            return torch.tensor(list(pool.map(judge, pixels, prompts)), device=images.device)
+            return torch.tensor(list(pool.map(judge, encoded(images, "PNG"), prompts)), device=images.device)
 
     return reward
 
 
 def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
     """The JSON that an endpoint answers; tried again with growing pauses if it fails or is silent. Raises UserError."""
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-    }
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     data = None if body is None else json.dumps(body).encode()
     for attempt in range(VLM_RETRIES + 1):
         try:
@@ -531,14 +542,7 @@ def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
-MODEL_REWARDS = {
-    "pickscore": pickscore,
-    "clipscore": clipscore,
-    "aesthetic": aesthetic,
-    "hpsv2": hpsv2,
-    "ocr": ocr,
-    "vlm": vlm,
-}
+MODEL_REWARDS = {load.__name__: load for load in (pickscore, clipscore, aesthetic, hpsv2, ocr, vlm)}
 
 
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
@@ -614,9 +618,7 @@ def compute_rewards(
                 reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
                 raise UserError(f'reward "{name}" failed on {quoted(prompts[part])} ({reason}).') from error
             if reward.shape != (len(prompts[part]),):
-                raise UserError(
-                    f'reward "{name}" returned shape {tuple(reward.shape)} for {len(prompts[part])} images.'
-                )
+                fail(f'reward "{name}" returned shape {tuple(reward.shape)} for {len(prompts[part])} images.')
             if not reward.isfinite().all():
                 bad = [prompt for prompt, ok in zip(prompts[part], reward.isfinite().tolist(), strict=True) if not ok]
                 raise UserError(f'reward "{name}" is not finite for {quoted(bad)}.')
