@@ -7,15 +7,10 @@ A reward is a function of images, the prompts they were made for, and the prompt
         prompts   list[str], N
         metadata  list[dict], N: every key of the prompt's .jsonl line besides "prompt" ({} for .txt prompts)
 
-`--reward "shapes=1,jpeg=0.5"` loads several: each is logged under its own name, and the advantages weigh
-them (weight 0 = logged only). `--reward my_file.py:my_fn` loads a function of your own with the signature above;
-nothing needs registering. The name in the logs is then the function's.
-
-The advantages that the scripts train on are made here too, from all rewards of an iteration: `group_advantages`.
-
-Entries: shapes (verifier of the bundled world) and jpeg (file size), functions in `REWARDS`; pickscore, clipscore,
-aesthetic, hpsv2, ocr and vlm in `MODEL_REWARDS`, which load a model once, from the hub or from a folder
-(`pickscore@FOLDER=1`; vlm: from an endpoint), and return the function.
+`--reward "shapes=1,jpeg=0.5"` loads several: each is logged under its own name, and the advantages weigh them (weight
+0 = logged only). `--reward my_file.py:my_fn` loads a function of your own with the signature above, without registering
+it. `REWARDS` are functions; `MODEL_REWARDS` load a model once, from the hub or from a folder (`pickscore@FOLDER=1`; vlm:
+from an endpoint), and return the function. `group_advantages` makes of an iteration's rewards what the scripts train on.
 """
 
 import base64
@@ -25,13 +20,13 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,17 +73,11 @@ def load_prompts(path: str) -> list[dict]:
     return prompts
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------------------ shapes and jpeg
 
 GROUND = (240, 240, 235)  # RGB of the empty canvas
-PALETTE = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 70),
-    "blue": (40, 70, 230),
-    "yellow": (240, 200, 20),
-    "purple": (170, 40, 200),
-    "cyan": (30, 200, 220),
-}
+PALETTE = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (40, 70, 230), "yellow": (240, 200, 20),
+           "purple": (170, 40, 200), "cyan": (30, 200, 220)}  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction in pixels, y downwards
 
@@ -100,24 +89,18 @@ MAX_ASPECT = 1.35  # longer side of the bounding box over the shorter; all three
 
 
 def connected_components(colour: torch.Tensor) -> torch.Tensor:
-    """Labels the 4-connected regions of equal colour.
+    """Labels the 4-connected regions of equal colour: the largest flat index in the pixel's region, (N, H, W).
 
-    colour: (N, H, W) int, < 0 = background.  Returns (N, H, W): the largest flat index in the pixel's region.
-
-    Every pixel takes the largest label among its equal neighbours, then jumps to its label's label.
+    colour: (N, H, W) int, < 0 = background.  A pixel takes its equal neighbours' largest label, then its label's label.
     """
     label = torch.arange(colour.numel(), device=colour.device).view_as(colour)
     same_right = (colour[:, :, 1:] == colour[:, :, :-1]) & (colour[:, :, 1:] >= 0)
     same_down = (colour[:, 1:] == colour[:, :-1]) & (colour[:, 1:] >= 0)
     while True:
         new = label.clone()
-        for a, b, same in (
-            (new[:, :, 1:], new[:, :, :-1], same_right),
-            (new[:, :, :-1], new[:, :, 1:], same_right),
-            (new[:, 1:], new[:, :-1], same_down),
-            (new[:, :-1], new[:, 1:], same_down),
-        ):
+        for a, b, same in ((new[:, :, 1:], new[:, :, :-1], same_right), (new[:, 1:], new[:, :-1], same_down)):
             torch.maximum(a, torch.where(same, b, a), out=a)
+            torch.maximum(b, torch.where(same, a, b), out=b)
         for _ in range(3):
             new = new.view(-1)[new]
         if torch.equal(new, label):
@@ -126,11 +109,9 @@ def connected_components(colour: torch.Tensor) -> torch.Tensor:
 
 
 def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float]]]:
-    """Segments images of the bundled world into objects.
+    """Segments images of the bundled world, (N, 3, H, W) in [0, 1], into objects.
 
-    images: (N, 3, H, W) in [0, 1].  Returns, per image, (colour, shape, x, y) of each object: names from PALETTE and
-    SHAPES or "?", centroid in pixels.
-
+    Returns, per image, (colour, shape, x, y) of each: names from PALETTE and SHAPES or "?", centroid in pixels.
     An anti-aliased pixel is `ground + coverage * (colour - ground)`: the direction names the colour at any coverage.
     """
     N, _, H, W = images.shape
@@ -150,11 +131,12 @@ def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float
     pixel = torch.nonzero(colour.view(-1) >= 0).squeeze(1)
     root, member, area = label[pixel].unique(return_inverse=True, return_counts=True)
     x, y = (pixel % W).float(), (pixel // W % H).float()
-    box = [torch.empty(len(root), device=images.device) for _ in range(4)]
-    for out, value, how in zip(box, (x, x, y, y), ("amin", "amax", "amin", "amax"), strict=True):
-        out.scatter_reduce_(0, member, value, how, include_self=False)
-    width, height = box[1] - box[0] + 1, box[3] - box[2] + 1
-    centre_x, centre_y = (torch.zeros_like(box[0]).index_add_(0, member, value) / area for value in (x, y))
+    zero = torch.zeros(len(root), device=images.device)
+    low_high = (
+        [zero.scatter_reduce(0, member, v, how, include_self=False) for how in ("amin", "amax")] for v in (x, y)
+    )
+    width, height = (high - low + 1 for low, high in low_high)
+    centre_x, centre_y = (zero.index_add(0, member, value) / area for value in (x, y))
     fill = area / (width * height)
     shape = torch.where(fill < FILL[0], SHAPES.index("triangle"), SHAPES.index("circle"))
     shape = torch.where(fill > FILL[1], SHAPES.index("square"), shape)
@@ -169,10 +151,9 @@ def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float
 
 
 def shapes_clauses(objects: list[tuple[str, str, float, float]], include: list[dict]) -> list[bool]:
-    """The yes/no questions a prompt asks of an image, from GenEval-style metadata.
+    """The yes/no questions a prompt asks of an image, whose objects `find_objects` found, and whether each holds.
 
-    objects: one image's entry of `find_objects`.  include: [{"class", "color", "count", "position": [side, index]?}].
-    Questions: is the total number of objects right; are all their colours asked for, and all their shapes; for each
+    include: [{"class", "color", "count", "position": [side, index]?}], as GenEval's.  Questions: is the total number of objects right; are all their colours asked for, and all their shapes; for each
     entry, are there exactly `count` with both; and does its position hold (on the axis on which they are further
     apart)? No question is easier to satisfy with more objects: where one was ("is any object red?"), reinforcement
     learning drew more of them.
@@ -186,16 +167,12 @@ def shapes_clauses(objects: list[tuple[str, str, float, float]], include: list[d
         clauses.append(len(same) == item["count"])
         centres.append([sum(axis) / len(same) for axis in zip(*same, strict=True)] if same else None)
     for here, item in zip(centres, include, strict=True):
-        if "position" not in item:
-            continue
-        side, index = item["position"]
-        there = centres[index]
-        if here is None or there is None:
-            clauses.append(False)
-            continue
-        dx, dy = here[0] - there[0], here[1] - there[1]
-        along, across = (dx, dy) if SIDES[side][0] else (dy, dx)
-        clauses.append(along * sum(SIDES[side]) > abs(across))
+        if "position" in item:
+            (side, index), (dx, dy) = item["position"], (0, 0)  # an object that is missing is on no side
+            if here and centres[index]:
+                dx, dy = (a - b for a, b in zip(here, centres[index], strict=True))
+            along, across = (dx, dy) if SIDES[side][0] else (dy, dx)
+            clauses.append(along * sum(SIDES[side]) > abs(across))
     return clauses
 
 
@@ -208,21 +185,15 @@ def shapes(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> to
     for prompt, meta in zip(prompts, metadata, strict=True):
         if "include" not in meta:
             raise UserError(f'prompt "{prompt}" has no "include" metadata; use prompts/shapes_train.jsonl')
-    scores = []
-    for found, meta in zip(find_objects(images), metadata, strict=True):
-        clauses = shapes_clauses(found, meta["include"])
-        scores.append(sum(clauses) / len(clauses))
-    return torch.tensor(scores, device=images.device)
-
-
-# ----------------------------------------------------------------------------------------------------------------- jpeg
+    found = zip(find_objects(images), metadata, strict=True)
+    clauses = [shapes_clauses(objects, meta["include"]) for objects, meta in found]
+    return torch.tensor([sum(held) / len(held) for held in clauses], device=images.device)
 
 
 def jpeg(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
     """Compressibility, -kilobytes / 500 of the JPEG at quality 95 (Pillow): about -0.01 at 64 px, -0.3 at 512 px.
 
-    Range below 0, higher is smaller.  No model, no licence.  Source: DDPO (arXiv 2305.13301), its compressibility task.
-    Ignores the prompt: trained alone it ends in flat images, which is what makes it a good smoke test.
+    Range below 0.  No model, no licence.  Source: DDPO (arXiv 2305.13301).  Ignores the prompt: alone, flat images win.
     """
     sizes = [len(file) / 1000 for file in encoded(images, "JPEG", quality=95)]
     return -torch.tensor(sizes, device=images.device) / 500
@@ -236,92 +207,95 @@ def encoded(images: torch.Tensor, format: str, **options) -> list[bytes]:
     return [file.getvalue() for file in files]
 
 
-# ------------------------------------------------------------------------------------------------ CLIP and its children
+# ------------------------------------------------------------------------------------------- CLIP, BLIP, their children
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-def load_pretrained(name: str, cls: type, source: str, **options):
-    """cls.from_pretrained(source), a hub id or a folder: no pickle, no remote code, no weight left random.
-
-    options: for a model, config and state_dict if its weights are a file of another layout that came from source
-    Raises UserError.
-    """
-    model, where = issubclass(cls, torch.nn.Module), None if "state_dict" in options else source
+@contextmanager
+def loading(name: str, source: str):
+    """Makes of whatever goes wrong inside the UserError of a model that is missing, gated, damaged or unsafe."""
     try:
-        if not model:
-            return cls.from_pretrained(where, **options)
-        loaded, found = cls.from_pretrained(where, output_loading_info=True, use_safetensors=True, **options)
-        wrong = [*found["missing_keys"], *(found["unexpected_keys"] if where is None else ())]
-        if wrong:
-            raise ValueError(f"weights do not fit: {sorted(wrong)[0]}")
+        yield
     except Exception as error:  # of another class than expected, a folder raises anything
-        raise cannot_load(name, source, error) from error
-    return loaded.float().eval().requires_grad_(False)
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        hint = f"run `hf auth login` if it is gated, or name a folder that holds it: --reward {name}@FOLDER=1."
+        raise UserError(f"reward {name}: {source} cannot be loaded ({reason}); check the network, {hint}") from error
 
 
-def load_weights(name: str, source: str, file: str) -> dict[str, torch.Tensor]:
-    """State dict of a .pt or .pth file of a hub repository or a folder; only tensors are read, nothing is unpickled."""
-    try:
-        path = Path(source) / file if Path(source).is_dir() else hf_hub_download(source, file)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
-    except (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise cannot_load(name, f"{source}/{file}", error) from error
+def load_pretrained(name: str, cls: str | type, source: str, **options):
+    """from_pretrained(source) of a class of transformers: no pickle, no remote code, no weight left random. UserError.
 
-
-def renamed(state: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """A state dict with each old part of a name replaced by its new one, in the table's order."""
-    result = {}
-    for key, value in state.items():
-        for old, new in names.items():
-            key = key.replace(old, new)
-        result[key] = value
-    return result
-
-
-def cannot_load(name: str, source: str, error: Exception) -> UserError:
-    """The UserError of a model that is missing, gated, damaged or unsafe."""
-    reason = str(error).strip().split("\n")[0].rstrip(".")
-    return UserError(
-        f"reward {name}: {source} cannot be loaded ({reason}); check the network, run `hf auth login` if it is gated, "
-        f"or name a folder that holds it: --reward {name}@FOLDER=1."
-    )
-
-
-def clip_pixels(images: torch.Tensor, processor, pad: bool = False) -> torch.Tensor:
-    """What CLIP's image processor does, in torch on the images' device.
-
-    Within 0.03 of its PIL path, which rounds to 8 bits; 0.08 beside saturated edges, where PIL clips twice.
-
-    images: (N, 3, H, W) in [0, 1];  processor: CLIPImageProcessor, of which size, mean and std are used
-    pad: longer side to S and black borders, else shorter side to S and a centre crop
-    Returns (N, 3, S, S), normalised.
+    source: hub id or folder;  options: a model's config (a dict) and state_dict, if its weights are in another layout
     """
-    S, (H, W) = processor.crop_size["height"], images.shape[2:]
-    edge = max(H, W) if pad else min(H, W)
-    h, w = int(S * H / edge), int(S * W / edge)
-    x = F.interpolate(images.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (S - h) // 2 if pad else -((h - S) // 2), (S - w) // 2 if pad else -((w - S) // 2)
-    return normalised(F.pad(x, (left, S - w - left, top, S - h - top)), processor)  # negative: crop
+    import transformers
+
+    cls = getattr(transformers, cls) if isinstance(cls, str) else cls
+    with loading(name, source):
+        if not issubclass(cls, torch.nn.Module):
+            return cls.from_pretrained(source)
+        where = None if "state_dict" in options else source
+        model, found = cls.from_pretrained(where, output_loading_info=True, use_safetensors=True, **options)
+        wrong = [*found["missing_keys"], *(() if where else found["unexpected_keys"])]
+        if wrong:
+            raise ValueError(f"weights do not fit: {min(wrong)}")
+    return model.float().eval().requires_grad_(False)
 
 
-def normalised(x: torch.Tensor, processor) -> torch.Tensor:
-    """(x - mean) / std with a hub image processor's channel means and stds;  x: (N, 3, H, W)."""
+def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Tensors of a .pt or .pth file of a hub repository or folder; nothing is unpickled. Raises UserError.
+
+    names: the parts of their names to replace, in this order, and by what
+    """
+    state = {}
+    with loading(name, f"{source}/{file}"):
+        path = Path(source) / file if Path(source).is_dir() else hf_hub_download(source, file)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        for key, tensor in loaded.get("state_dict", loaded).items():
+            for old, new in names.items():
+                key = key.replace(old, new)
+            state[key] = tensor
+    return state
+
+
+def linear_stack(name: str, source: str, state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
+    """A head of linear layers, N.weight and N.bias, with dropout between them in training and no activations."""
+    with loading(name, source):
+        shapes = {i: state[f"{i}.weight"].shape for i in (0, 2, 4, 6, 7)}
+        layers = [torch.nn.Linear(*shapes[i][::-1]) if i in shapes else torch.nn.Identity() for i in range(8)]
+        stack = torch.nn.Sequential(*layers)
+        stack.load_state_dict(state)
+    return stack.requires_grad_(False)
+
+
+def model_pixels(images: torch.Tensor, processor, pad: bool = False) -> torch.Tensor:
+    """What a hub image processor does, in torch on the images' device: (N, 3, H, W) in [0, 1], resized and normalised.
+
+    With a crop_size S (CLIP) the shorter side becomes S and the centre is cut out; pad: the longer side, on black. Else
+    the size is the processor's height and width, or follows its edges, both rounded up to its size_divisor.
+    Within 0.03 of its PIL path, which rounds to 8 bits; 0.08 beside saturated edges, where PIL clips twice.
+    """
+    from transformers.image_transforms import get_size_with_aspect_ratio as by_edges
+
+    sides, size, crop = images.shape[2:], processor.size, getattr(processor, "crop_size", None)
+    if crop:
+        edge, target = max(sides) if pad else min(sides), [crop["height"]] * 2
+        sides = [int(S * side / edge) for S, side in zip(target, sides, strict=True)]
+    else:
+        fixed, step = size.get("height"), getattr(processor, "size_divisor", 1)
+        sides = (fixed, size["width"]) if fixed else by_edges(sides, size["shortest_edge"], size["longest_edge"])
+        sides = target = [math.ceil(side / step) * step for side in sides]
+    mode = "bilinear" if processor.resample == 2 else "bicubic"  # Pillow's numbers
+    x = F.interpolate(images.float(), size=sides, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (int((S - side) / 2) for S, side in zip(target, sides, strict=True))  # negative: crop
+    x = F.pad(x, (left, target[1] - sides[1] - left, top, target[0] - sides[0] - top))
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     return (x - mean) / std
 
 
-def load_clip(name: str, source: str, processor: str | None = None) -> tuple:
-    """CLIPModel and CLIPProcessor of a hub id or folder, the processor perhaps of another.  Raises UserError."""
-    from transformers import CLIPModel, CLIPProcessor
-
-    return load_pretrained(name, CLIPModel, source), load_pretrained(name, CLIPProcessor, processor or source)
-
-
 def clip_image(model, processor, images: torch.Tensor, pad: bool = False) -> torch.Tensor:
     """Unit image embeddings (N, D) of a CLIPModel, which moves to the images' device."""
-    pixels = clip_pixels(images, processor.image_processor, pad)
+    pixels = model_pixels(images, processor.image_processor, pad)
     out = model.to(images.device).get_image_features(pixel_values=pixels)
     return F.normalize(getattr(out, "pooler_output", out), dim=1)  # transformers 5, and 4
 
@@ -344,7 +318,8 @@ def pickscore(source: str | None = None) -> RewardFn:
     Hub: yuvalkirstain/PickScore_v1 (MIT), processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Source: arXiv
     2305.01569; the division by 26 is Flow-GRPO's, other code bases leave it out.
     """
-    model, processor = load_clip("pickscore", source or "yuvalkirstain/PickScore_v1", source or CLIP_H)
+    model = load_pretrained("pickscore", "CLIPModel", source or "yuvalkirstain/PickScore_v1")
+    processor = load_pretrained("pickscore", "CLIPProcessor", source or CLIP_H)
     scale = model.logit_scale.exp().item() / 26
     return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
 
@@ -354,7 +329,8 @@ def clipscore(source: str | None = None) -> RewardFn:
 
     Hub: openai/clip-vit-large-patch14 (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 2.5.
     """
-    model, processor = load_clip("clipscore", source or CLIP_L)
+    model = load_pretrained("clipscore", "CLIPModel", source or CLIP_L)
+    processor = load_pretrained("clipscore", "CLIPProcessor", source or CLIP_L)
     scale = model.logit_scale.exp().item() / 100  # 1 for OpenAI's weights
     return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
 
@@ -365,41 +341,11 @@ def aesthetic(source: str | None = None) -> RewardFn:
     Hub: openai/clip-vit-large-patch14 (MIT), head trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: DDPO, arXiv
     2305.13301.  Ignores the prompt.
     """
-    clip, processor = load_clip("aesthetic", source or CLIP_L)
+    model = load_pretrained("aesthetic", "CLIPModel", source or CLIP_L)
+    processor = load_pretrained("aesthetic", "CLIPProcessor", source or CLIP_L)
     hub = source or "trl-lib/ddpo-aesthetic-predictor"
-    head = linear_stack("aesthetic", hub, load_weights("aesthetic", hub, "aesthetic-model.pth"))
-    return lambda images, prompts, metadata: head.to(images.device)(clip_image(clip, processor, images)).squeeze(1)
-
-
-def linear_stack(name: str, source: str, state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
-    """Five linear layers, layers.N.weight and .bias; dropout between them in training, no activations.  UserError."""
-    layers = []
-    try:
-        for weight, bias in ((state.pop(f"layers.{i}.weight"), state.pop(f"layers.{i}.bias")) for i in (0, 2, 4, 6, 7)):
-            layers.append(torch.nn.Linear(*weight.shape[::-1]).requires_grad_(False))
-            layers[-1].load_state_dict({"weight": weight, "bias": bias})
-        if state:
-            raise KeyError(min(state))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise cannot_load(name, source, ValueError(f"weights do not fit: {error}")) from error
-    return torch.nn.Sequential(*layers)
-
-
-def hpsv2(source: str | None = None) -> RewardFn:
-    """HPS v2.1, a CLIP-H fine-tuned on human preferences: the plain cosine, about 0.2...0.4; not comparable to HPS v2.
-
-    Hub: xswu/HPSv2, HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict, in the architecture and with the
-    processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Images keep their aspect, on black.  Source: arXiv
-    2306.09341.
-    """
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-
-    hub = source or "xswu/HPSv2"
-    state = from_open_clip(load_weights("hpsv2", hub, "HPS_v2.1_compressed.pt"))
-    config = load_pretrained("hpsv2", CLIPConfig, source or CLIP_H)
-    processor = load_pretrained("hpsv2", CLIPProcessor, source or CLIP_H)
-    model = load_pretrained("hpsv2", CLIPModel, hub, config=config, state_dict=state)
-    return lambda images, prompts, metadata: clip_cosine(model, processor, images, prompts, pad=True)
+    head = linear_stack("aesthetic", hub, load_weights("aesthetic", hub, "aesthetic-model.pth", {"layers.": ""}))
+    return lambda images, prompts, metadata: head.to(images.device)(clip_image(model, processor, images)).squeeze(1)
 
 
 OPEN_CLIP = {  # parts of open_clip's names, in this order, to transformers'
@@ -415,19 +361,172 @@ OPEN_CLIP = {  # parts of open_clip's names, in this order, to transformers'
 }  # fmt: skip
 
 
-def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An open_clip CLIP state dict under CLIPModel's names: fused q, k, v split, projection matrices transposed."""
-    result = {}
-    for key, value in renamed(state, OPEN_CLIP).items():
-        if ".in_proj_" in key:
-            q_k_v = zip("qkv", value.chunk(3), strict=True)
-            result |= {key.replace("in_proj_", f"{part}_proj."): tensor for part, tensor in q_k_v}
+def hpsv2(source: str | None = None) -> RewardFn:
+    """HPS v2.1, a CLIP-H fine-tuned on human preferences: the plain cosine, about 0.2...0.4; not comparable to HPS v2.
+
+    Hub: xswu/HPSv2, HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict, in the architecture and with the
+    processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Images keep their aspect, on black.  Source: arXiv
+    2306.09341.
+    """
+    hub, state = source or "xswu/HPSv2", {}
+    for key, tensor in load_weights("hpsv2", hub, "HPS_v2.1_compressed.pt", OPEN_CLIP).items():
+        if ".in_proj_" in key:  # q, k and v in one
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            state |= {key.replace("in_proj_", f"{letter}_proj."): part for letter, part in parts}
         elif key != "attn_mask":  # a buffer of old checkpoints
-            result[key] = value.T if "_projection." in key else value
-    return result
+            state[key] = tensor.T if "_projection." in key else tensor
+    config = load_pretrained("hpsv2", "CLIPConfig", source or CLIP_H)
+    processor = load_pretrained("hpsv2", "CLIPProcessor", source or CLIP_H)
+    model = load_pretrained("hpsv2", "CLIPModel", hub, config=config, state_dict=state)
+    return lambda images, prompts, metadata: clip_cosine(model, processor, images, prompts, pad=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ ocr
+BLIP = {  # parts of the original BLIP's names, in this order, to transformers'
+    "blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.layers.": "head.",
+    "vision.norm.": "vision.post_layernorm.", "vision.blocks.": "vision.encoder.layers.",
+    ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.", ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.", "patch_embed.proj.": "embeddings.patch_embedding.",
+    "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
+}  # fmt: skip
+BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                   image_size=224, patch_size=16, layer_norm_eps=1e-6)  # fmt: skip
+BLIP_TEXT = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12)  # the rest: transformers' defaults
+
+
+def imagereward(source: str | None = None) -> RewardFn:
+    """ImageReward, a BLIP fine-tuned on human rankings:  (head(token 0) - 0.167174) / 1.033339, about -2.3...2.
+
+    Hub: zai-org/ImageReward, ImageReward.pt (Apache-2.0), a state dict of the original BLIP-large, whose text encoder
+    (at most 35 tokens) looks at the image.  Tokenizer: google-bert/bert-base-uncased (Apache-2.0); the tokens that BLIP
+    adds to it are not used.  Source: arXiv 2304.05977.  Alone it corrupts images.
+    """
+    from transformers import BlipTextConfig, BlipVisionConfig, CLIPImageProcessor
+
+    name, hub = "imagereward", source or "zai-org/ImageReward"
+    state, parts = load_weights(name, hub, "ImageReward.pt", BLIP), ("vision.", "text.", "head.")
+    state.pop("text.embeddings.position_ids", None)  # a buffer; blip.vision_proj and blip.text_proj do not score
+    vision, text, head = ({k.removeprefix(part): state[k] for k in state if k.startswith(part)} for part in parts)
+    options = dict(config=BlipTextConfig(**BLIP_TEXT), state_dict=text, add_pooling_layer=False)
+    text, head = load_pretrained(name, "BlipTextModel", hub, **options), linear_stack(name, hub, head)
+    options = dict(config=BlipVisionConfig(**BLIP_VISION), state_dict=vision)
+    vision, processor = load_pretrained(name, "BlipVisionModel", hub, **options), CLIPImageProcessor()
+    tokenizer = load_pretrained(name, "BertTokenizer", source or "google-bert/bert-base-uncased")
+
+    def reward(images, prompts, metadata):
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=35, return_tensors="pt").to(images.device)
+        image = vision.to(images.device)(pixel_values=model_pixels(images, processor)).last_hidden_state
+        out = text.to(images.device)(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=image)
+        return (head.to(images.device)(out.last_hidden_state[:, 0]).squeeze(1) - 0.167174) / 1.033339
+
+    return reward
+
+
+# -------------------------------------------------------------------------------------------------------------- geneval
+
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+MIN_SCORE, MIN_SCORE_COUNTING, MARGIN, MAX_OBJECTS = 0.3, 0.9, 0.1, 16  # confidences, share of the sizes, per class
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOUR_PROMPTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "sofa": "couch",
+                 "motorbike": "motorcycle", "aeroplane": "airplane", "pottedplant": "potted plant",
+                 "diningtable": "dining table", "tvmonitor": "tv"}  # fmt: skip
+
+
+def geneval(source: str | None = None) -> RewardFn:
+    """GenEval rules, HF detector: 1 if an image shows all that its metadata asks for, else 0.  Not GenEval's own score.
+
+    Metadata: tag, include [{class, count, color?, position?}], exclude?, as in GenEval's prompt file.
+    Hub: facebook/mask2former-swin-small-coco-instance (code MIT, weights "other") finds the objects, in part on the
+    CPU; openai/clip-vit-large-patch14 (MIT) names the colour of each, cut out on grey.  A FOLDER holds a folder of
+    each, named as after the slash.  Source: arXiv 2310.11513, whose detector has other weights.
+    """
+    hubs = [f"{source}/{hub.rpartition('/')[2]}" if source else hub for hub in (MASK2FORMER, CLIP_L)]
+    detector, eye = load_detector(hubs[0]), load_pretrained("geneval", "Mask2FormerImageProcessor", hubs[0])
+    clip, processor = (load_pretrained("geneval", cls, hubs[1]) for cls in ("CLIPModel", "CLIPProcessor"))
+    classes = {i: GENEVAL_NAMES.get(name, name) for i, name in detector.config.id2label.items()}
+
+    def colours_of(name, crops):
+        prompts = [prompt.format(colour, name) for colour in COLOURS for prompt in COLOUR_PROMPTS]
+        image = torch.cat([clip_image(clip, processor, crop[None]) for crop in crops])
+        text = rearrange(clip_text(clip, processor, prompts), "(c p) d -> c p d", c=len(COLOURS)).mean(dim=1)
+        return [COLOURS[i] for i in (image @ F.normalize(text, dim=1).T).argmax(dim=1)]
+
+    def detections(image):
+        out = detector.to(image.device)(pixel_values=model_pixels(image[None], eye))
+        out = type(out)(**{key: out[key].cpu() for key in ("class_queries_logits", "masks_queries_logits")})
+        options = dict(threshold=MIN_SCORE, target_sizes=[tuple(image.shape[1:])], return_binary_maps=True)
+        found = eye.post_process_instance_segmentation(out, **options)[0]
+        for info, mask in zip(found["segments_info"], found["segmentation"], strict=False):  # none: one empty map
+            y, x = mask.nonzero(as_tuple=True)
+            x0, y0, x1, y1 = box = int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+            crop = torch.where(mask.to(image.device) > 0, image, 0.6)[:, y0:y1, x0:x1]  # on GenEval's grey, #999
+            yield classes[info["label_id"]], info["score"], box, crop
+
+    def reward(images, prompts, metadata):
+        for prompt, meta in zip(prompts, metadata, strict=True):
+            for item in [*meta.get("include", [{"class": None}]), *meta.get("exclude", [])]:
+                if item["class"] not in classes.values() or item.get("color", "red") not in COLOURS:
+                    fail(
+                        f'reward geneval: prompt "{prompt}" has no "include" or a class or color unknown to it, {item}.'
+                    )
+        held = [geneval_rules(detections(x), meta, colours_of) for x, meta in zip(images, metadata, strict=True)]
+        return torch.tensor(held, device=images.device)
+
+    return reward
+
+
+def load_detector(source: str):
+    """Mask2FormerForUniversalSegmentation without its training loss, which cannot be made without scipy. UserError."""
+    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerModel, Mask2FormerPreTrainedModel
+
+    class Detector(Mask2FormerForUniversalSegmentation):
+        _keys_to_ignore_on_load_unexpected = ["criterion"]
+
+        def __init__(self, config):
+            Mask2FormerPreTrainedModel.__init__(self, config)
+            self.model = Mask2FormerModel(config)
+            self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.post_init()
+
+    return load_pretrained("geneval", Detector, source)
+
+
+def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable) -> float:
+    """1 if the objects of an image are those asked for, else 0.   [GenEval, arXiv 2310.11513]
+
+    detections: (class, confidence, box, crop) of each object;  colours_of(class, crops): their colours
+    include: the `count` most confident objects of a class are there, all of its color, each on its side of each object
+    of the earlier entry it names, [side, index];  exclude: fewer than `count` of a class are there
+    """
+    least, found, groups = MIN_SCORE_COUNTING if meta.get("tag") == "counting" else MIN_SCORE, {}, []
+    for name, confidence, box, crop in sorted(detections, key=lambda detection: -detection[1]):
+        if confidence > least and len(found.setdefault(name, [])) < MAX_OBJECTS:
+            found[name].append((box, crop))
+    for item in meta["include"]:
+        objects = found.get(item["class"], [])[: item["count"]]
+        held = len(objects) == item["count"]
+        if held and "color" in item:
+            held = set(colours_of(item["class"], [crop for _, crop in objects])) == {item["color"]}
+        if held and "position" in item:
+            side, index = item["position"]
+            held = bool(groups[index]) and all(side in sides(a, b) for a, _ in objects for b, _ in groups[index])
+        groups.append(objects if held else [])
+    few = all(len(found.get(item["class"], [])) < item["count"] for item in meta.get("exclude", []))
+    return float(few and all(groups))
+
+
+def sides(a: tuple[float, ...], b: tuple[float, ...]) -> set[str]:
+    """Where box a is from box b, (x0, y0, x1, y1): the directions that make up over half of the way between centres.
+
+    On each axis MARGIN times the sum of both sizes is taken off the way first.
+    """
+    way = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    left = [abs(d) - MARGIN * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i, d in enumerate(way)]
+    names = (("left of", "right of"), ("above", "below"))
+    return {names[i][way[i] > 0] for i in (0, 1) if left[i] > 0.5 * math.hypot(*way)}
+
+
+# ---------------------------------------------------------------------------------------------------------- ocr and vlm
 
 
 def ocr(source: str | None = None) -> RewardFn:
@@ -437,30 +536,21 @@ def ocr(source: str | None = None) -> RewardFn:
     without spaces. Hub: stepfun-ai/GOT-OCR-2.0-hf (Apache-2.0).  Range 0...1.  Source: Flow-GRPO, arXiv 2505.05470,
     with another reader. Alone and without a KL it blanks the background: log another reward beside it, clipscore=0.
     """
-    from transformers import GotOcr2ForConditionalGeneration, GotOcr2Processor
-
-    name = source or "stepfun-ai/GOT-OCR-2.0-hf"
-    model = load_pretrained("ocr", GotOcr2ForConditionalGeneration, name)
-    processor = load_pretrained("ocr", GotOcr2Processor, name)
+    hub = source or "stepfun-ai/GOT-OCR-2.0-hf"
+    model = load_pretrained("ocr", "GotOcr2ForConditionalGeneration", hub)
+    processor = load_pretrained("ocr", "GotOcr2Processor", hub)
     question = processor(Image.new("RGB", (64, 64)), return_tensors="pt").input_ids  # the same for every image
     stop = {"tokenizer": processor.tokenizer, "stop_strings": "<|im_end|>", "do_sample": False, "max_new_tokens": 64}
 
     def reward(images, prompts, metadata):
         targets = [ocr_target(prompt, meta) for prompt, meta in zip(prompts, metadata, strict=True)]
-        pixels = stretched_pixels(images, processor.image_processor)
+        pixels = model_pixels(images, processor.image_processor)
         ids = question.to(images.device).expand(len(images), -1)
         out = model.to(images.device).generate(input_ids=ids, attention_mask=ids * 0 + 1, pixel_values=pixels, **stop)
         read = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return torch.tensor([ocr_score(*pair) for pair in zip(read, targets, strict=True)], device=images.device)
 
     return reward
-
-
-def stretched_pixels(images: torch.Tensor, processor) -> torch.Tensor:
-    """Images (N, 3, H, W) in [0, 1] at the processor's height and width, whatever their aspect, and normalised."""
-    size = (processor.size["height"], processor.size["width"])
-    x = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
-    return normalised(x.clamp(0, 1), processor)
 
 
 def ocr_target(prompt: str, meta: dict) -> str:
@@ -482,8 +572,6 @@ def ocr_score(read: str, target: str) -> float:
     return 1.0 if target in read else 1 - min(row[-1], len(target)) / len(target)
 
 
-# ------------------------------------------------------------------------------------------------------------------ vlm
-
 VLM_TIMEOUT, VLM_RETRIES, VLM_BACKOFF, VLM_REQUESTS = 120.0, 3, 2.0, 16  # s, tries after the first, s, at the same time
 VLM_QUESTION = (
     "This image was generated for the prompt: {prompt}\nRate how well it shows what the prompt asks for, and how good "
@@ -495,9 +583,8 @@ def vlm(source: str | None = None) -> RewardFn:
     """A vision-language model as judge, over an OpenAI-compatible chat endpoint:  "Final Score: x" / 5, 0.2...1.
 
     source: the endpoint, --reward vlm@http://HOST:PORT/v1=1, served by vLLM or SGLang with, for one,
-    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b. Its first model judges;
-    OPENAI_API_KEY is sent if it is set. Images go as PNG data URLs, temperature 0. Source: arXiv 2503.05236.
-    Raises UserError, in use, if an image gets no answer after VLM_RETRIES or an answer without a score.
+    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b. Its first model judges; OPENAI_API_KEY is sent if it is set. Images go as
+    PNG data URLs, temperature 0.  Source: arXiv 2503.05236.  Raises UserError, in use, without an answer or a score.
     """
     if not (source or "").startswith(("http://", "https://")):
         raise UserError("reward vlm needs an endpoint: --reward vlm@http://HOST:PORT/v1=1.")
@@ -506,8 +593,8 @@ def vlm(source: str | None = None) -> RewardFn:
     def judge(file, prompt):
         url = "data:image/png;base64," + base64.b64encode(file).decode()
         question = {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}
-        content = [{"type": "image_url", "image_url": {"url": url}}, question]
-        body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, question]}
+        body = {"model": model, "temperature": 0, "messages": [message]}
         reply = call_vlm(source, "/chat/completions", body)["choices"][0]["message"]["content"]
         scores = re.findall(r"Final Score:\W*([1-5](?:\.\d+)?)\b", reply)
         if not scores or float(scores[-1]) > 5:
@@ -542,7 +629,8 @@ def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
-MODEL_REWARDS = {load.__name__: load for load in (pickscore, clipscore, aesthetic, hpsv2, ocr, vlm)}
+MODEL_REWARDS = {"pickscore": pickscore, "clipscore": clipscore, "aesthetic": aesthetic, "hpsv2": hpsv2,
+                 "imagereward": imagereward, "geneval": geneval, "ocr": ocr, "vlm": vlm}  # fmt: skip
 
 
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
@@ -565,8 +653,9 @@ def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
         else:
             function = load_user_reward(name) if ":" in name else REWARDS.get(name)
         if function is None:
-            known = ", ".join([*REWARDS, *MODEL_REWARDS])
-            raise UserError(f'--reward: "{name}" is none of {known}, nor a file.py:function.')
+            if name == "hpsv3":
+                fail("reward hpsv3 is not built in, as its class is not in transformers; README shows how to serve it.")
+            fail(f'--reward: "{name}" is none of {", ".join([*REWARDS, *MODEL_REWARDS])}, nor a file.py:function.')
         name = name.rpartition(":")[2]
         if name in functions or name in ("mean", "std"):  # reward/mean and reward/std are the totals
             raise UserError(f'--reward: "{name}" is given twice, or a name of the totals.')
@@ -595,12 +684,11 @@ def load_user_reward(name: str) -> RewardFn:
 
 @torch.no_grad()
 def compute_rewards(
-    functions: dict[str, RewardFn], images: torch.Tensor, lines: list[dict], micro_batch: int = 64
+    functions: dict, images: torch.Tensor, lines: list[dict], micro_batch=64
 ) -> dict[str, torch.Tensor]:
     """Every reward of N images, checked: name -> (N,) fp32 on the images' device.
 
-    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file, {"prompt": str, other keys: metadata}
-    micro_batch: images per call of a reward
+    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file;  micro_batch: images per call of a reward
     Raises UserError, naming reward and prompts, if one raises, has the wrong shape or is not finite.
     """
     prompts = [line["prompt"] for line in lines]

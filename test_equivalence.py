@@ -1200,8 +1200,8 @@ def test_clip_pixels_equal_the_processors_pil_path(tiny_clip):
         for scale, tolerance in ((0.5, 0.03), (1.0, 0.08)):  # mild, and with saturated edges
             x = 0.25 + scale * (images - 0.25)
             expected = clip_reference(tiny_clip, images=x)[1]
-            close(rewards.clip_pixels(x, processor), expected, tolerance, f"pixels from {size}, normalised units")
-    padded = rewards.clip_pixels(PICTURES, processor, pad=True)
+            close(rewards.model_pixels(x, processor), expected, tolerance, f"pixels from {size}, normalised units")
+    padded = rewards.model_pixels(PICTURES, processor, pad=True)
     assert padded.shape == (3, 3, 32, 32)
     black = (-torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)).view(1, 3, 1, 1)
     border = torch.cat([padded[:, :, :4], padded[:, :, 28:]], dim=2)
@@ -1288,7 +1288,7 @@ def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
     torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
     found = rewards.hpsv2(str(folder))(PICTURES, PROMPTS, [{}] * 3)
     tokens = processor.tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids
-    pixels = rewards.clip_pixels(PICTURES, processor.image_processor, pad=True).double()
+    pixels = rewards.model_pixels(PICTURES, processor.image_processor, pad=True).double()
     expected = open_clip_forward({k: v.double() for k, v in state.items()}, pixels, tokens)
     close(found, expected, 1e-5, "hpsv2 against open_clip's forward")
     assert expected.std() > 0.01
@@ -1465,7 +1465,7 @@ def test_ocr_reads_like_the_hub_pipeline(tmp_path):
     inputs = processor(
         [Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()) for x in pictures], return_tensors="pt"
     )
-    close(rewards.stretched_pixels(pictures, images), inputs["pixel_values"], 1e-5, "pixels at the processor's size")
+    close(rewards.model_pixels(pictures, images), inputs["pixel_values"], 1e-5, "pixels at the processor's size")
     out = model.generate(**inputs, do_sample=False, tokenizer=tokenizer, stop_strings="<|im_end|>", max_new_tokens=64)
     expected = processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     functions, _ = rewards.load_rewards(f"ocr@{tmp_path}")
