@@ -8,9 +8,9 @@ A reward is a function of images, the prompts they were made for, and the prompt
         metadata  list[dict], N: every key of the prompt's .jsonl line besides "prompt" ({} for .txt prompts)
 
 `--reward "shapes=1,jpeg=0.5"` loads several: each is logged under its own name, and the advantages weigh them (weight
-0 = logged only). `--reward my_file.py:my_fn` loads a function of your own with the signature above, without registering
-it. `REWARDS` are functions; `MODEL_REWARDS` load a model once, from the hub or from a folder (`pickscore@FOLDER=1`; vlm:
-from an endpoint), and return the function. `group_advantages` makes of an iteration's rewards what the scripts train on.
+0 = logged only). `--reward my_file.py:my_fn` loads a function of your own with the signature above, unregistered.
+`REWARDS` are functions; `MODEL_REWARDS` load a model once, from the hub or a folder (`pickscore@FOLDER=1`; vlm: from an
+endpoint), and return the function. `group_advantages` makes of the rewards what the scripts train on.
 """
 
 import base64
@@ -50,7 +50,6 @@ def fail(message: str) -> NoReturn:
 
 def load_prompts(path: str) -> list[dict]:
     """Prompts of a UTF-8 file, [{"prompt": str, ...}]: .txt, one a line, or .jsonl, whose other keys are metadata.
-
     Blank lines are skipped.  Raises UserError naming file and line.
     """
     try:
@@ -58,9 +57,7 @@ def load_prompts(path: str) -> list[dict]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read ({error}).") from None
     prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()):
         try:
             entry = json.loads(line) if str(path).endswith(".jsonl") else {"prompt": line.strip()}
         except (ValueError, RecursionError) as error:
@@ -68,9 +65,7 @@ def load_prompts(path: str) -> list[dict]:
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
             raise UserError(f'{path}, line {number} is not an object with a "prompt" text.')
         prompts.append(entry)
-    if not prompts:
-        raise UserError(f"prompt file {path} holds no prompts.")
-    return prompts
+    return prompts or fail(f"prompt file {path} holds no prompts.")
 
 
 # ------------------------------------------------------------------------------------------------------ shapes and jpeg
@@ -80,7 +75,6 @@ PALETTE = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (40, 70, 230), 
            "purple": (170, 40, 200), "cyan": (30, 200, 220)}  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction in pixels, y downwards
-
 MIN_COVERAGE = 0.5  # a pixel belongs to an object when the object covers at least half of it (anti-aliased edges)
 MIN_COSINE = 0.9  # largest hue error, as the cosine to the palette's direction; palette neighbours are below 0.9
 MIN_AREA = 0.006  # share of the image; smaller specks are decoder noise (25 px of 64 x 64, the smallest object has 128)
@@ -90,7 +84,6 @@ MAX_ASPECT = 1.35  # longer side of the bounding box over the shorter; all three
 
 def connected_components(colour: torch.Tensor) -> torch.Tensor:
     """Labels the 4-connected regions of equal colour: the largest flat index in the pixel's region, (N, H, W).
-
     colour: (N, H, W) int, < 0 = background.  A pixel takes its equal neighbours' largest label, then its label's label.
     """
     label = torch.arange(colour.numel(), device=colour.device).view_as(colour)
@@ -110,7 +103,6 @@ def connected_components(colour: torch.Tensor) -> torch.Tensor:
 
 def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float]]]:
     """Segments images of the bundled world, (N, 3, H, W) in [0, 1], into objects.
-
     Returns, per image, (colour, shape, x, y) of each: names from PALETTE and SHAPES or "?", centroid in pixels.
     An anti-aliased pixel is `ground + coverage * (colour - ground)`: the direction names the colour at any coverage.
     """
@@ -119,33 +111,27 @@ def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float
     direction = torch.tensor(list(PALETTE.values()), device=images.device).float() / 255 - ground
     offset = images.float() - ground.view(1, 3, 1, 1)
     distance = offset.square().sum(dim=1).sqrt()  # Tensor.norm over dim 1 takes ten times as long on the CPU
-    length = direction.norm(dim=1)
-    projection, colour = torch.einsum("nchw,kc->nkhw", offset, direction / length[:, None]).max(dim=1)
-    cosine, coverage = projection / distance.clamp_min(1e-6), projection / length[colour]
-    unknown = len(PALETTE)
-    colour = torch.where(cosine < MIN_COSINE, unknown, colour)
-    strong = torch.where(colour == unknown, distance > 0.4, coverage > MIN_COVERAGE)
-    colour = torch.where(strong, colour, -1)
-
+    projection, colour = torch.einsum("nchw,kc->nkhw", offset, F.normalize(direction, dim=1)).max(dim=1)
+    cosine, coverage = projection / distance.clamp_min(1e-6), projection / direction.norm(dim=1)[colour]
+    known = cosine >= MIN_COSINE
+    strong = torch.where(known, coverage > MIN_COVERAGE, distance > 0.4)
+    colour = torch.where(strong, torch.where(known, colour, len(PALETTE)), -1)
     label = connected_components(colour).view(-1)
     pixel = torch.nonzero(colour.view(-1) >= 0).squeeze(1)
     root, member, area = label[pixel].unique(return_inverse=True, return_counts=True)
     x, y = (pixel % W).float(), (pixel // W % H).float()
     zero = torch.zeros(len(root), device=images.device)
-    low_high = (
-        [zero.scatter_reduce(0, member, v, how, include_self=False) for how in ("amin", "amax")] for v in (x, y)
-    )
-    width, height = (high - low + 1 for low, high in low_high)
+    ends = [(v, how) for v in (x, y) for how in ("amin", "amax")]
+    x0, x1, y0, y1 = (zero.scatter_reduce(0, member, v, how, include_self=False) for v, how in ends)
+    width, height = x1 - x0 + 1, y1 - y0 + 1
     centre_x, centre_y = (zero.index_add(0, member, value) / area for value in (x, y))
     fill = area / (width * height)
     shape = torch.where(fill < FILL[0], SHAPES.index("triangle"), SHAPES.index("circle"))
     shape = torch.where(fill > FILL[1], SHAPES.index("square"), shape)
     shape = torch.where(torch.maximum(width / height, height / width) > MAX_ASPECT, len(SHAPES), shape)
-
-    keep = area >= MIN_AREA * H * W
-    rows = torch.stack([root // (H * W), colour.view(-1)[root], shape, centre_x, centre_y], dim=1)[keep]
+    rows = torch.stack([root // (H * W), colour.view(-1)[root], shape, centre_x, centre_y], dim=1)
     objects = [[] for _ in range(N)]
-    for n, c, s, cx, cy in rows.tolist():
+    for n, c, s, cx, cy in rows[area >= MIN_AREA * H * W].tolist():
         objects[int(n)].append(((*PALETTE, "?")[int(c)], (*SHAPES, "?")[int(s)], cx, cy))
     return objects
 
@@ -153,10 +139,10 @@ def find_objects(images: torch.Tensor) -> list[list[tuple[str, str, float, float
 def shapes_clauses(objects: list[tuple[str, str, float, float]], include: list[dict]) -> list[bool]:
     """The yes/no questions a prompt asks of an image, whose objects `find_objects` found, and whether each holds.
 
-    include: [{"class", "color", "count", "position": [side, index]?}], as GenEval's.  Questions: is the total number of objects right; are all their colours asked for, and all their shapes; for each
-    entry, are there exactly `count` with both; and does its position hold (on the axis on which they are further
-    apart)? No question is easier to satisfy with more objects: where one was ("is any object red?"), reinforcement
-    learning drew more of them.
+    include: GenEval's [{"class", "color", "count", "position": [side, index]?}].  Is the total number of objects right;
+    are all their colours asked for, and all their shapes; for each entry, are there exactly `count` with both, and does
+    its position hold (on the axis on which they are further apart)?  No question is easier to satisfy with more
+    objects: where one was ("is any object red?"), reinforcement learning drew more of them.
     """
     clauses = [len(objects) == sum(item["count"] for item in include)]
     for key, values in (("color", {c for c, *_ in objects}), ("class", {s for _, s, *_ in objects})):
@@ -184,10 +170,9 @@ def shapes(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> to
     """
     for prompt, meta in zip(prompts, metadata, strict=True):
         if "include" not in meta:
-            raise UserError(f'prompt "{prompt}" has no "include" metadata; use prompts/shapes_train.jsonl')
-    found = zip(find_objects(images), metadata, strict=True)
-    clauses = [shapes_clauses(objects, meta["include"]) for objects, meta in found]
-    return torch.tensor([sum(held) / len(held) for held in clauses], device=images.device)
+            fail(f'prompt "{prompt}" has no "include" metadata; use prompts/shapes_train.jsonl')
+    held = [shapes_clauses(found, meta["include"]) for found, meta in zip(find_objects(images), metadata, strict=True)]
+    return torch.tensor([sum(clauses) / len(clauses) for clauses in held], device=images.device)
 
 
 def jpeg(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
@@ -195,8 +180,7 @@ def jpeg(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torc
 
     Range below 0.  No model, no licence.  Source: DDPO (arXiv 2305.13301).  Ignores the prompt: alone, flat images win.
     """
-    sizes = [len(file) / 1000 for file in encoded(images, "JPEG", quality=95)]
-    return -torch.tensor(sizes, device=images.device) / 500
+    return -torch.tensor([len(file) for file in encoded(images, "JPEG", quality=95)], device=images.device) / 500_000
 
 
 def encoded(images: torch.Tensor, format: str, **options) -> list[bytes]:
@@ -210,6 +194,7 @@ def encoded(images: torch.Tensor, format: str, **options) -> list[bytes]:
 # ------------------------------------------------------------------------------------------- CLIP, BLIP, their children
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_CLASSES = ("CLIPModel", "CLIPProcessor")
 
 
 @contextmanager
@@ -225,8 +210,7 @@ def loading(name: str, source: str):
 
 def load_pretrained(name: str, cls: str | type, source: str, **options):
     """from_pretrained(source) of a class of transformers: no pickle, no remote code, no weight left random. UserError.
-
-    source: hub id or folder;  options: a model's config (a dict) and state_dict, if its weights are in another layout
+    source: hub id or folder;  options: a model's config and state_dict, if its weights are a file of another layout
     """
     import transformers
 
@@ -243,17 +227,14 @@ def load_pretrained(name: str, cls: str | type, source: str, **options):
 
 
 def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Tensors of a .pt or .pth file of a hub repository or folder; nothing is unpickled. Raises UserError.
-
-    names: the parts of their names to replace, in this order, and by what
-    """
+    """Tensors of a .pt or .pth file of a hub id or folder, renamed by names' patterns; no unpickling. UserError."""
     state = {}
     with loading(name, f"{source}/{file}"):
         path = Path(source) / file if Path(source).is_dir() else hf_hub_download(source, file)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         for key, tensor in loaded.get("state_dict", loaded).items():
-            for old, new in names.items():
-                key = key.replace(old, new)
+            for pattern, new in names.items():
+                key = re.sub(pattern, new, key)
             state[key] = tensor
     return state
 
@@ -261,19 +242,17 @@ def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> di
 def linear_stack(name: str, source: str, state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
     """A head of linear layers, N.weight and N.bias, with dropout between them in training and no activations."""
     with loading(name, source):
-        shapes = {i: state[f"{i}.weight"].shape for i in (0, 2, 4, 6, 7)}
-        layers = [torch.nn.Linear(*shapes[i][::-1]) if i in shapes else torch.nn.Identity() for i in range(8)]
-        stack = torch.nn.Sequential(*layers)
+        linear = {i: torch.nn.Linear(*state[f"{i}.weight"].shape[::-1]) for i in (0, 2, 4, 6, 7)}
+        stack = torch.nn.Sequential(*(linear.get(i, torch.nn.Identity()) for i in range(8)))
         stack.load_state_dict(state)
     return stack.requires_grad_(False)
 
 
 def model_pixels(images: torch.Tensor, processor, pad: bool = False) -> torch.Tensor:
     """What a hub image processor does, in torch on the images' device: (N, 3, H, W) in [0, 1], resized and normalised.
-
     With a crop_size S (CLIP) the shorter side becomes S and the centre is cut out; pad: the longer side, on black. Else
-    the size is the processor's height and width, or follows its edges, both rounded up to its size_divisor.
-    Within 0.03 of its PIL path, which rounds to 8 bits; 0.08 beside saturated edges, where PIL clips twice.
+    the size is its height and width, or what its edges ask for, in multiples of its size_divisor.  Within 0.03 of its
+    PIL path, which rounds to 8 bits; 0.08 beside saturated edges, where PIL clips twice.
     """
     from transformers.image_transforms import get_size_with_aspect_ratio as by_edges
 
@@ -293,23 +272,21 @@ def model_pixels(images: torch.Tensor, processor, pad: bool = False) -> torch.Te
     return (x - mean) / std
 
 
-def clip_image(model, processor, images: torch.Tensor, pad: bool = False) -> torch.Tensor:
-    """Unit image embeddings (N, D) of a CLIPModel, which moves to the images' device."""
-    pixels = model_pixels(images, processor.image_processor, pad)
-    out = model.to(images.device).get_image_features(pixel_values=pixels)
+def clip_embeddings(model, processor, inputs: torch.Tensor | list[str], pad: bool = False) -> torch.Tensor:
+    """Unit embeddings (N, D) of prompts or of images (N, 3, H, W), to whose device the CLIPModel moves."""
+    if isinstance(inputs, torch.Tensor):
+        pixels = model_pixels(inputs, processor.image_processor, pad)
+        out = model.to(inputs.device).get_image_features(pixel_values=pixels)
+    else:
+        tokens = processor.tokenizer(inputs, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        out = model.get_text_features(**tokens.to(model.device))
     return F.normalize(getattr(out, "pooler_output", out), dim=1)  # transformers 5, and 4
-
-
-def clip_text(model, processor, prompts: list[str]) -> torch.Tensor:
-    """Unit text embeddings (N, D) of a CLIPModel."""
-    tokens = processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-    out = model.get_text_features(**tokens.to(model.device))
-    return F.normalize(getattr(out, "pooler_output", out), dim=1)
 
 
 def clip_cosine(model, processor, images: torch.Tensor, prompts: list[str], pad: bool = False) -> torch.Tensor:
     """Cosine of image and text embeddings, (N,), on the images' device."""
-    return (clip_image(model, processor, images, pad) * clip_text(model, processor, prompts)).sum(dim=1)
+    image, text = (clip_embeddings(model, processor, inputs, pad) for inputs in (images, prompts))
+    return (image * text).sum(dim=1)
 
 
 def pickscore(source: str | None = None) -> RewardFn:
@@ -329,44 +306,39 @@ def clipscore(source: str | None = None) -> RewardFn:
 
     Hub: openai/clip-vit-large-patch14 (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 2.5.
     """
-    model = load_pretrained("clipscore", "CLIPModel", source or CLIP_L)
-    processor = load_pretrained("clipscore", "CLIPProcessor", source or CLIP_L)
+    model, processor = (load_pretrained("clipscore", cls, source or CLIP_L) for cls in CLIP_CLASSES)
     scale = model.logit_scale.exp().item() / 100  # 1 for OpenAI's weights
     return lambda images, prompts, metadata: scale * clip_cosine(model, processor, images, prompts)
 
 
 def aesthetic(source: str | None = None) -> RewardFn:
-    """LAION's aesthetic predictor: the L2-normalised CLIP-L image embedding through five linear layers; about 1...10.
+    """LAION's aesthetic predictor: five linear layers on the L2-normalised CLIP-L image embedding; 1...10, any prompt.
 
-    Hub: openai/clip-vit-large-patch14 (MIT), head trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: DDPO, arXiv
-    2305.13301.  Ignores the prompt.
+    Hub: openai/clip-vit-large-patch14 (MIT), trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: arXiv 2305.13301.
     """
-    model = load_pretrained("aesthetic", "CLIPModel", source or CLIP_L)
-    processor = load_pretrained("aesthetic", "CLIPProcessor", source or CLIP_L)
+    model, processor = (load_pretrained("aesthetic", cls, source or CLIP_L) for cls in CLIP_CLASSES)
     hub = source or "trl-lib/ddpo-aesthetic-predictor"
-    head = linear_stack("aesthetic", hub, load_weights("aesthetic", hub, "aesthetic-model.pth", {"layers.": ""}))
-    return lambda images, prompts, metadata: head.to(images.device)(clip_image(model, processor, images)).squeeze(1)
+    head = linear_stack("aesthetic", hub, load_weights("aesthetic", hub, "aesthetic-model.pth", {r"^layers\.": ""}))
+    return lambda images, prompts, metadata: head.to(images.device)(clip_embeddings(model, processor, images)).squeeze(
+        1
+    )
 
 
-OPEN_CLIP = {  # parts of open_clip's names, in this order, to transformers'
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.", "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.", "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
-    "token_embedding.": "text_model.embeddings.token_embedding.", "ln_final.": "text_model.final_layer_norm.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.", ".attn.": ".self_attn.", ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.", ".c_fc.": ".fc1.", ".c_proj.": ".fc2.",
+OPEN_CLIP = {  # open_clip's names to transformers', one pattern after the other
+    r"^visual\.proj$": "visual_projection.weight", r"^text_projection$": "text_projection.weight",
+    r"^visual\.": "vision_model.", r"^(?=token_|positional_|transformer|ln_final)": "text_model.",
+    r"\.transformer\.resblocks\.": ".encoder.layers.", r"\.(class|token)_emb": r".embeddings.\1_emb",
+    r"\.positional_embedding$": ".embeddings.position_embedding.weight", r"\.conv1": ".embeddings.patch_embedding",
+    r"\.ln_pre": ".pre_layrnorm", r"\.ln_post": ".post_layernorm", r"\.ln_final": ".final_layer_norm",
+    r"\.attn\.": ".self_attn.", r"\.ln_": ".layer_norm", r"\.c_fc": ".fc1", r"\.c_proj": ".fc2",
 }  # fmt: skip
 
 
 def hpsv2(source: str | None = None) -> RewardFn:
     """HPS v2.1, a CLIP-H fine-tuned on human preferences: the plain cosine, about 0.2...0.4; not comparable to HPS v2.
 
-    Hub: xswu/HPSv2, HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict, in the architecture and with the
-    processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Images keep their aspect, on black.  Source: arXiv
-    2306.09341.
+    Hub: xswu/HPSv2, HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict; config and processor of laion/
+    CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Images keep their aspect, on black.  Source: arXiv 2306.09341.
     """
     hub, state = source or "xswu/HPSv2", {}
     for key, tensor in load_weights("hpsv2", hub, "HPS_v2.1_compressed.pt", OPEN_CLIP).items():
@@ -375,18 +347,17 @@ def hpsv2(source: str | None = None) -> RewardFn:
             state |= {key.replace("in_proj_", f"{letter}_proj."): part for letter, part in parts}
         elif key != "attn_mask":  # a buffer of old checkpoints
             state[key] = tensor.T if "_projection." in key else tensor
-    config = load_pretrained("hpsv2", "CLIPConfig", source or CLIP_H)
-    processor = load_pretrained("hpsv2", "CLIPProcessor", source or CLIP_H)
+    config, processor = (load_pretrained("hpsv2", cls, source or CLIP_H) for cls in ("CLIPConfig", "CLIPProcessor"))
     model = load_pretrained("hpsv2", "CLIPModel", hub, config=config, state_dict=state)
     return lambda images, prompts, metadata: clip_cosine(model, processor, images, prompts, pad=True)
 
 
-BLIP = {  # parts of the original BLIP's names, in this order, to transformers'
-    "blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.layers.": "head.",
-    "vision.norm.": "vision.post_layernorm.", "vision.blocks.": "vision.encoder.layers.",
-    ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.", ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.", "patch_embed.proj.": "embeddings.patch_embedding.",
-    "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
+BLIP = {  # the original BLIP's names to transformers', one pattern after the other; the first is a buffer
+    r".*\.position_ids$": "unused", r"^blip\.visual_encoder": "vision", r"^blip\.text_encoder": "text",
+    r"^mlp\.layers": "head", r"^vision\.norm": "vision.post_layernorm", r"\.blocks\.": ".encoder.layers.",
+    r"\.norm(?=\d)": ".layer_norm", r"\.attn\.": ".self_attn.", r"attn\.proj": "attn.projection",
+    r"\.patch_embed\.proj": ".embeddings.patch_embedding", r"\.cls_token": ".embeddings.class_embedding",
+    r"\.pos_embed": ".embeddings.position_embedding",
 }  # fmt: skip
 BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                    image_size=224, patch_size=16, layer_norm_eps=1e-6)  # fmt: skip
@@ -404,7 +375,6 @@ def imagereward(source: str | None = None) -> RewardFn:
 
     name, hub = "imagereward", source or "zai-org/ImageReward"
     state, parts = load_weights(name, hub, "ImageReward.pt", BLIP), ("vision.", "text.", "head.")
-    state.pop("text.embeddings.position_ids", None)  # a buffer; blip.vision_proj and blip.text_proj do not score
     vision, text, head = ({k.removeprefix(part): state[k] for k in state if k.startswith(part)} for part in parts)
     options = dict(config=BlipTextConfig(**BLIP_TEXT), state_dict=text, add_pooling_layer=False)
     text, head = load_pretrained(name, "BlipTextModel", hub, **options), linear_stack(name, hub, head)
@@ -421,7 +391,7 @@ def imagereward(source: str | None = None) -> RewardFn:
     return reward
 
 
-# -------------------------------------------------------------------------------------------------------------- geneval
+# ------------------------------------------------------------------------------------------------- geneval, ocr and vlm
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 MIN_SCORE, MIN_SCORE_COUNTING, MARGIN, MAX_OBJECTS = 0.3, 0.9, 0.1, 16  # confidences, share of the sizes, per class
@@ -435,20 +405,19 @@ GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "
 def geneval(source: str | None = None) -> RewardFn:
     """GenEval rules, HF detector: 1 if an image shows all that its metadata asks for, else 0.  Not GenEval's own score.
 
-    Metadata: tag, include [{class, count, color?, position?}], exclude?, as in GenEval's prompt file.
-    Hub: facebook/mask2former-swin-small-coco-instance (code MIT, weights "other") finds the objects, in part on the
-    CPU; openai/clip-vit-large-patch14 (MIT) names the colour of each, cut out on grey.  A FOLDER holds a folder of
-    each, named as after the slash.  Source: arXiv 2310.11513, whose detector has other weights.
+    Metadata as GenEval's: tag, include [{class, count, color?, position?}], exclude?.  Source: arXiv 2310.11513.
+    Hub: facebook/mask2former-swin-small-coco-instance (licence "other") finds objects, openai/clip-vit-large-patch14
+    (MIT) names their colours, each cut out on grey.  A FOLDER holds one folder of each, named as after the slash.
     """
     hubs = [f"{source}/{hub.rpartition('/')[2]}" if source else hub for hub in (MASK2FORMER, CLIP_L)]
     detector, eye = load_detector(hubs[0]), load_pretrained("geneval", "Mask2FormerImageProcessor", hubs[0])
-    clip, processor = (load_pretrained("geneval", cls, hubs[1]) for cls in ("CLIPModel", "CLIPProcessor"))
+    clip, processor = (load_pretrained("geneval", cls, hubs[1]) for cls in CLIP_CLASSES)
     classes = {i: GENEVAL_NAMES.get(name, name) for i, name in detector.config.id2label.items()}
 
     def colours_of(name, crops):
         prompts = [prompt.format(colour, name) for colour in COLOURS for prompt in COLOUR_PROMPTS]
-        image = torch.cat([clip_image(clip, processor, crop[None]) for crop in crops])
-        text = rearrange(clip_text(clip, processor, prompts), "(c p) d -> c p d", c=len(COLOURS)).mean(dim=1)
+        image = torch.cat([clip_embeddings(clip, processor, crop[None]) for crop in crops])
+        text = rearrange(clip_embeddings(clip, processor, prompts), "(c p) d -> c p d", c=len(COLOURS)).mean(dim=1)
         return [COLOURS[i] for i in (image @ F.normalize(text, dim=1).T).argmax(dim=1)]
 
     def detections(image):
@@ -467,7 +436,7 @@ def geneval(source: str | None = None) -> RewardFn:
             for item in [*meta.get("include", [{"class": None}]), *meta.get("exclude", [])]:
                 if item["class"] not in classes.values() or item.get("color", "red") not in COLOURS:
                     fail(
-                        f'reward geneval: prompt "{prompt}" has no "include" or a class or color unknown to it, {item}.'
+                        f'reward geneval: "{prompt}" has no include, or a class or color that is unknown to it: {item}.'
                     )
         held = [geneval_rules(detections(x), meta, colours_of) for x, meta in zip(images, metadata, strict=True)]
         return torch.tensor(held, device=images.device)
@@ -493,10 +462,9 @@ def load_detector(source: str):
 
 def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable) -> float:
     """1 if the objects of an image are those asked for, else 0.   [GenEval, arXiv 2310.11513]
-
     detections: (class, confidence, box, crop) of each object;  colours_of(class, crops): their colours
-    include: the `count` most confident objects of a class are there, all of its color, each on its side of each object
-    of the earlier entry it names, [side, index];  exclude: fewer than `count` of a class are there
+    include: `count` objects of a class, the most confident ones all of its color, each on its side of each of the
+    earlier entry that its position names, [side, index];  exclude: fewer than `count` of a class
     """
     least, found, groups = MIN_SCORE_COUNTING if meta.get("tag") == "counting" else MIN_SCORE, {}, []
     for name, confidence, box, crop in sorted(detections, key=lambda detection: -detection[1]):
@@ -516,25 +484,21 @@ def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable)
 
 
 def sides(a: tuple[float, ...], b: tuple[float, ...]) -> set[str]:
-    """Where box a is from box b, (x0, y0, x1, y1): the directions that make up over half of the way between centres.
-
-    On each axis MARGIN times the sum of both sizes is taken off the way first.
+    """Where box a is from box b, (x0, y0, x1, y1): the directions that make up over half of the way between centres,
+    after MARGIN times the sum of both sizes is taken off it.
     """
     way = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
-    left = [abs(d) - MARGIN * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i, d in enumerate(way)]
-    names = (("left of", "right of"), ("above", "below"))
-    return {names[i][way[i] > 0] for i in (0, 1) if left[i] > 0.5 * math.hypot(*way)}
-
-
-# ---------------------------------------------------------------------------------------------------------- ocr and vlm
+    margin = [MARGIN * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
+    x, y = (math.copysign(max(abs(d) - m, 0), d) for d, m in zip(way, margin, strict=True))
+    return {name for name, (dx, dy) in SIDES.items() if dx * x + dy * y > 0.5 * math.hypot(*way)}
 
 
 def ocr(source: str | None = None) -> RewardFn:
     """Text rendering: 1 if the text asked for is in what GOT-OCR 2.0 reads, else 1 - min(edits, n) / n, n its length.
 
-    The text: metadata "text", or what stands between the first two double quotes of the prompt; compared in lower case
-    without spaces. Hub: stepfun-ai/GOT-OCR-2.0-hf (Apache-2.0).  Range 0...1.  Source: Flow-GRPO, arXiv 2505.05470,
-    with another reader. Alone and without a KL it blanks the background: log another reward beside it, clipscore=0.
+    The text: metadata "text", or what the prompt's first two double quotes enclose; in lower case without spaces.
+    Hub: stepfun-ai/GOT-OCR-2.0-hf (Apache-2.0).  Range 0...1.  Source: Flow-GRPO, arXiv 2505.05470, with another
+    reader.  Alone and without a KL it blanks the background: log another reward beside it, clipscore=0.
     """
     hub = source or "stepfun-ai/GOT-OCR-2.0-hf"
     model = load_pretrained("ocr", "GotOcr2ForConditionalGeneration", hub)
@@ -556,9 +520,8 @@ def ocr(source: str | None = None) -> RewardFn:
 def ocr_target(prompt: str, meta: dict) -> str:
     """The text that an image shall show.  Raises UserError if neither metadata nor quotes give one."""
     text = meta.get("text") or (prompt.split('"')[1] if prompt.count('"') >= 2 else "")
-    if not "".join(str(text).split()):
-        raise UserError(f"reward ocr: prompt '{prompt}' has no text in double quotes and no metadata \"text\".")
-    return str(text)
+    problem = f"reward ocr: prompt '{prompt}' has no text in double quotes and no metadata \"text\"."
+    return str(text) if str(text).strip() else fail(problem)
 
 
 def ocr_score(read: str, target: str) -> float:
@@ -582,18 +545,18 @@ VLM_QUESTION = (
 def vlm(source: str | None = None) -> RewardFn:
     """A vision-language model as judge, over an OpenAI-compatible chat endpoint:  "Final Score: x" / 5, 0.2...1.
 
-    source: the endpoint, --reward vlm@http://HOST:PORT/v1=1, served by vLLM or SGLang with, for one,
-    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b. Its first model judges; OPENAI_API_KEY is sent if it is set. Images go as
-    PNG data URLs, temperature 0.  Source: arXiv 2503.05236.  Raises UserError, in use, without an answer or a score.
+    source: the endpoint, --reward vlm@http://HOST:PORT/v1=1, of vLLM or SGLang with, say, the hub's CodeGoat24/
+    UnifiedReward-2.0-qwen3vl-8b; its first model judges, PNG data URLs, temperature 0; OPENAI_API_KEY is sent if it is
+    set.  Source: arXiv 2503.05236.  Raises UserError, in use, without an answer or a score.
     """
     if not (source or "").startswith(("http://", "https://")):
         raise UserError("reward vlm needs an endpoint: --reward vlm@http://HOST:PORT/v1=1.")
     model = call_vlm(source, "/models")["data"][0]["id"]
 
     def judge(file, prompt):
-        url = "data:image/png;base64," + base64.b64encode(file).decode()
-        question = {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}
-        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, question]}
+        image = {"url": "data:image/png;base64," + base64.b64encode(file).decode()}
+        text = {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": image}, text]}
         body = {"model": model, "temperature": 0, "messages": [message]}
         reply = call_vlm(source, "/chat/completions", body)["choices"][0]["message"]["content"]
         scores = re.findall(r"Final Score:\W*([1-5](?:\.\d+)?)\b", reply)
@@ -601,21 +564,21 @@ def vlm(source: str | None = None) -> RewardFn:
             raise UserError(f"reward vlm: no score from 1 to 5 in the answer {reply[-200:]!r}.")
         return float(scores[-1]) / 5
 
-    def reward(images, prompts, metadata):
-        with ThreadPoolExecutor(VLM_REQUESTS) as pool:
-            return torch.tensor(list(pool.map(judge, encoded(images, "PNG"), prompts)), device=images.device)
-
-    return reward
+    ask = ThreadPoolExecutor(VLM_REQUESTS).map
+    return lambda images, prompts, metadata: torch.tensor([*ask(judge, encoded(images, "PNG"), prompts)]).to(
+        images.device
+    )
 
 
 def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
     """The JSON that an endpoint answers; tried again with growing pauses if it fails or is silent. Raises UserError."""
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    data = None if body is None else json.dumps(body).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none"),
+    }
     for attempt in range(VLM_RETRIES + 1):
         try:
-            request = urllib.request.Request(endpoint.rstrip("/") + path, data, headers)
+            request = urllib.request.Request(endpoint.rstrip("/") + path, body and json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=VLM_TIMEOUT) as answer:
                 return json.load(answer)
         except (OSError, ValueError, http.client.HTTPException) as error:  # refused, silent, 5xx, not JSON
@@ -631,11 +594,11 @@ def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
 MODEL_REWARDS = {"pickscore": pickscore, "clipscore": clipscore, "aesthetic": aesthetic, "hpsv2": hpsv2,
                  "imagereward": imagereward, "geneval": geneval, "ocr": ocr, "vlm": vlm}  # fmt: skip
+NOT_BUILT_IN = "not built in: transformers has no class for its MizzenAI/HPSv3; the README shows how to call a server"
 
 
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
     """Parses --reward, "name=weight,...", name a reward, a reward@FOLDER with its files, or file.py:function.
-
     No weight = 1.  Returns functions and weights by name, in the order given.  Raises UserError.
     """
     functions, weights = {}, {}
@@ -653,9 +616,8 @@ def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
         else:
             function = load_user_reward(name) if ":" in name else REWARDS.get(name)
         if function is None:
-            if name == "hpsv3":
-                fail("reward hpsv3 is not built in, as its class is not in transformers; README shows how to serve it.")
-            fail(f'--reward: "{name}" is none of {", ".join([*REWARDS, *MODEL_REWARDS])}, nor a file.py:function.')
+            known = f"none of {', '.join([*REWARDS, *MODEL_REWARDS])}, nor a file.py:function"
+            fail(f'--reward: "{name}" is {NOT_BUILT_IN if name == "hpsv3" else known}.')
         name = name.rpartition(":")[2]
         if name in functions or name in ("mean", "std"):  # reward/mean and reward/std are the totals
             raise UserError(f'--reward: "{name}" is given twice, or a name of the totals.')
@@ -677,17 +639,12 @@ def load_user_reward(name: str) -> RewardFn:
     except Exception as error:  # the user's code may raise anything
         raise UserError(f"--reward: {path} fails on import ({type(error).__name__}: {error}).") from error
     function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f'--reward: {path} has no function "{attribute}".')
-    return function
+    return function if callable(function) else fail(f'--reward: {path} has no function "{attribute}".')
 
 
 @torch.no_grad()
-def compute_rewards(
-    functions: dict, images: torch.Tensor, lines: list[dict], micro_batch=64
-) -> dict[str, torch.Tensor]:
+def compute_rewards(functions: dict, images: torch.Tensor, lines: list[dict], micro_batch: int = 64) -> dict:
     """Every reward of N images, checked: name -> (N,) fp32 on the images' device.
-
     images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file;  micro_batch: images per call of a reward
     Raises UserError, naming reward and prompts, if one raises, has the wrong shape or is not finite.
     """
@@ -738,6 +695,5 @@ def group_advantages(rewards, group_size, weights, std="group", clamp=5.0):
 
 def quoted(prompts: list[str]) -> str:
     """The first distinct prompts, quoted, for an error message."""
-    distinct = list(dict.fromkeys(prompts))
-    more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
-    return ", ".join(f'"{prompt}"' for prompt in distinct[:3]) + more
+    distinct = [f'"{prompt}"' for prompt in dict.fromkeys(prompts)]
+    return ", ".join(distinct[:3]) + (f" and {len(distinct) - 3} more" if len(distinct) > 3 else "")
