@@ -203,7 +203,7 @@ def loading(name: str, source: str):
     try:
         yield
     except Exception as error:  # of another class than expected, a folder raises anything
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = re.sub(r":\s+", ": ", str(error).strip(), count=1).split("\n")[0].rstrip(". ")
         hint = f"run `hf auth login` if it is gated, or name a folder that holds it: --reward {name}@FOLDER=1."
         raise UserError(f"reward {name}: {source} cannot be loaded ({reason}); check the network, {hint}") from error
 
