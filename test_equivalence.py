@@ -1667,7 +1667,14 @@ def test_hpsv3_says_that_it_is_served():
         rewards.load_rewards("shapes=0,hpsv3=1")
 
 
-def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_path, monkeypatch):
+HUB_IDS = {
+    "pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-large-patch14",
+    "aesthetic": "openai/clip-vit-large-patch14", "hpsv2": "xswu/HPSv2", "imagereward": "zai-org/ImageReward",
+    "geneval": "facebook/mask2former-swin-small-coco-instance", "ocr": "stepfun-ai/GOT-OCR-2.0-hf",
+}  # fmt: skip
+
+
+def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tiny_geneval, tmp_path, monkeypatch):
     import os
     import pickle
 
@@ -1677,18 +1684,24 @@ def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_
 
     folder = tmp_path / "bad"
     shutil.copytree(tiny_clip, folder)
-    for file in ("HPS_v2.1_compressed.pt", "aesthetic-model.pth"):
+    for file in ("HPS_v2.1_compressed.pt", "aesthetic-model.pth", "ImageReward.pt"):
         (folder / file).write_bytes(pickle.dumps(Malicious()))
+    name = "mask2former-swin-small-coco-instance"
+    detector = shutil.copytree(tiny_geneval[0] / name, folder / name)
+    (detector / "model.safetensors").unlink()
+    (detector / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     (folder / "model.safetensors").rename(folder / "hidden")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in [name for name in rewards.MODEL_REWARDS if name != "vlm"]:
+    assert list(HUB_IDS) + ["vlm"] == list(rewards.MODEL_REWARDS)
+    for name, hub in HUB_IDS.items():
         if name == "aesthetic":
             (folder / "hidden").rename(folder / "model.safetensors")  # past CLIP, to the head
         for spec in (f"{name}@{folder}", f"{name}@{tmp_path}/nowhere", name):
             with pytest.raises(rewards.UserError, match=rf"reward {name}: .*cannot be loaded.*{name}@FOLDER") as error:
                 rewards.load_rewards(spec)
             assert "\n" not in str(error.value)
+        assert f": {hub}" in str(error.value), "the last one is the hub's"
     assert not (tmp_path / "owned").exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert (tmp_path / "owned").exists(), "the pickle is a real one"
