@@ -1667,6 +1667,70 @@ def test_hpsv3_says_that_it_is_served():
         rewards.load_rewards("shapes=0,hpsv3=1")
 
 
+def test_readme_rewards_of_ones_own_run(tmp_path):
+    """Both examples as they stand in the README; the served one gets its own port and a server that counts pixels."""
+    import base64
+    import http.server
+    import io
+    import threading
+
+    from PIL import Image
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+            scores = [file.size[0] + len(prompt) for file, prompt in zip(files, body["prompts"], strict=True)]
+            data = json.dumps({"scores": scores}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    blocks = re.findall(
+        r"```python\n(# (\w+\.py), used as --reward (\w+\.py):(\w+)\n.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    assert {block[3] for block in blocks} == {"hpsv3", "brightness"}
+    for code, file, used, _ in blocks:
+        assert file == used
+        (tmp_path / file).write_text(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.server_port}"))
+    spec = ",".join(f"{tmp_path}/{file}:{name}" for _, file, _, name in blocks)
+    found = rewards.compute_rewards(rewards.load_rewards(spec)[0], PICTURES, [{"prompt": p} for p in PROMPTS])
+    server.shutdown()
+    server.server_close()
+    close(found["hpsv3"], [64 + len(prompt) for prompt in PROMPTS], 1e-6, "served scores")
+    close(found["brightness"], PICTURES.double().mean(dim=(1, 2, 3)), 1e-6, "brightness")
+
+
+def test_prompt_files_in_genevals_format_work_as_they_are(tiny_geneval, tmp_path):
+    """One line of each task type, with the keys in the order in which GenEval's generator writes them."""
+    cat, keys = {"class": "cat", "count": 1}, {"class": "computer keyboard", "count": 1}
+    entries = [
+        dict(tag="single_object", include=[cat], prompt="a photo of a cat"),
+        dict(tag="two_object", include=[cat, keys], prompt="a photo of a cat and a computer keyboard"),
+        dict(tag="counting", include=[dict(cat, count=2)], exclude=[dict(cat, count=3)], prompt="a photo of two cats"),
+        dict(tag="colors", include=[dict(keys, color="pink")], prompt="a photo of a pink computer keyboard"),
+        dict(
+            tag="position", include=[cat, dict(keys, position=["above", 0])], prompt="a photo of a keyboard above a cat"
+        ),
+        dict(
+            tag="color_attr", include=[dict(cat, color="red"), dict(keys, color="blue")], prompt="a photo of a red cat"
+        ),
+    ]
+    readme = re.search(r'`(\{"tag": "position".*?\})`', (ROOT / "README.md").read_text(), re.S)[1].replace("\n", " ")
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + readme + "\n")
+    lines = rewards.load_prompts(path)
+    assert lines == [*entries, json.loads(readme)]
+    functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
+    found = rewards.compute_rewards(functions, PICTURES[torch.arange(7) % 3], lines)["geneval"]
+    assert set(found.tolist()) <= {0.0, 1.0}
+
+
 HUB_IDS = {
     "pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-large-patch14",
     "aesthetic": "openai/clip-vit-large-patch14", "hpsv2": "xswu/HPSv2", "imagereward": "zai-org/ImageReward",
