@@ -223,7 +223,7 @@ def load_pretrained(name: str, cls: str | type, source: str, **options):
         wrong = [*found["missing_keys"], *(() if where else found["unexpected_keys"])]
         if wrong:
             raise ValueError(f"weights do not fit: {min(wrong)}")
-    return model.float().eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)  # weights may come in half precision, pixels do not
 
 
 def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -433,11 +433,9 @@ def geneval(source: str | None = None) -> RewardFn:
 
     def reward(images, prompts, metadata):
         for prompt, meta in zip(prompts, metadata, strict=True):
-            for item in [*meta.get("include", [{"class": None}]), *meta.get("exclude", [])]:
+            for item in [*(meta.get("include") or [{"class": None}]), *meta.get("exclude", [])]:
                 if item["class"] not in classes.values() or item.get("color", "red") not in COLOURS:
-                    fail(
-                        f'reward geneval: "{prompt}" has no include, or a class or color that is unknown to it: {item}.'
-                    )
+                    fail(f'reward geneval: "{prompt}" has no include, or a class or color that is unknown: {item}.')
         held = [geneval_rules(detections(x), meta, colours_of) for x, meta in zip(images, metadata, strict=True)]
         return torch.tensor(held, device=images.device)
 

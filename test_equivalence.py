@@ -1622,6 +1622,12 @@ def test_geneval_detects_and_names_colours_like_the_hub_pipelines(tiny_geneval):
         expected = named_colours(folder / "clip-vit-large-patch14", [to_pil(crop) for crop in crops], name)
         assert len(set(expected)) >= 2, "colours that differ"
         assert sum(a == b for a, b in zip(calls[0][1](name, crops), expected, strict=True)) >= 58  # near ties
+    with unittest.mock.patch.object(rewards, "clip_embeddings", wraps=rewards.clip_embeddings) as spy:
+        calls[0][1]("couch", crops[:1])
+    prompts = [call.args[2] for call in spy.call_args_list if isinstance(call.args[2], list)]
+    colours = "red orange yellow green blue purple pink brown black white".split()
+    phrases = [(f"{colour} couch", f"{colour}-colored couch", f"{colour} object") for colour in colours]
+    assert prompts == [[f"a photo of a {phrase}" for group in phrases for phrase in group]]
 
 
 def named_colours(folder, pictures, name):
@@ -1660,7 +1666,11 @@ def test_detector_pixels_equal_the_processors_pil_path(tmp_path):
 def test_geneval_refuses_what_it_cannot_judge(tiny_geneval):
     functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
     cat = {"class": "cat", "count": 1}
-    cases = {"no include": {}, "unicorn": dict(include=[{"class": "unicorn", "count": 1}])}
+    cases = {
+        "no include": {},
+        "has no include": dict(include=[]),
+        "unicorn": dict(include=[{"class": "unicorn", "count": 1}]),
+    }
     cases |= {"cyan": dict(include=[dict(cat, color="cyan")])}
     cases |= {"zebra": dict(include=[cat], exclude=[{"class": "zebra", "count": 2}])}
     for message, meta in cases.items():
