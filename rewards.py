@@ -562,10 +562,11 @@ def vlm(source: str | None = None) -> RewardFn:
             raise UserError(f"reward vlm: no score from 1 to 5 in the answer {reply[-200:]!r}.")
         return float(scores[-1]) / 5
 
-    ask = ThreadPoolExecutor(VLM_REQUESTS).map
-    return lambda images, prompts, metadata: torch.tensor([*ask(judge, encoded(images, "PNG"), prompts)]).to(
-        images.device
-    )
+    def reward(images, prompts, metadata):
+        with ThreadPoolExecutor(VLM_REQUESTS) as pool:  # leaves no request behind when one fails
+            return torch.tensor([*pool.map(judge, encoded(images, "PNG"), prompts)], device=images.device)
+
+    return reward
 
 
 def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
