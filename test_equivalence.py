@@ -1160,7 +1160,7 @@ def tiny_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     tokenizer = make.make_tokenizer(folder / "tokenizer")
     common = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(common, vocab_size=len(tokenizer), max_position_embeddings=12, hidden_act="gelu")
+    text = dict(common, vocab_size=len(tokenizer), max_position_embeddings=77, hidden_act="gelu")
     text |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     vision = dict(common, image_size=32, patch_size=8, hidden_act="gelu")
     torch.manual_seed(3)
@@ -1172,7 +1172,7 @@ def tiny_clip(tmp_path_factory):
         p.data = p.data + 0.05 * torch.randn_like(p)  # biases and norms too
     model.save_pretrained(folder)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tokenizer.model_max_length = 12
+    tokenizer.model_max_length = 77
     transformers.CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
@@ -1205,8 +1205,8 @@ def test_clip_pixels_equal_the_processors_pil_path(tiny_clip):
         for scale, tolerance in ((0.5, 0.03), (1.0, 0.08)):  # mild, and with saturated edges
             x = 0.25 + scale * (images - 0.25)
             expected = clip_reference(tiny_clip, images=x)[1]
-            close(rewards.clip_pixels(x, processor), expected, tolerance, f"pixels from {size}, normalised units")
-    padded = rewards.clip_pixels(PICTURES, processor, pad=True)
+            close(rewards.model_pixels(x, processor), expected, tolerance, f"pixels from {size}, normalised units")
+    padded = rewards.model_pixels(PICTURES, processor, pad=True)
     assert padded.shape == (3, 3, 32, 32)
     black = (-torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)).view(1, 3, 1, 1)
     border = torch.cat([padded[:, :, :4], padded[:, :, 28:]], dim=2)
@@ -1276,7 +1276,7 @@ def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
     vocabulary, d, state = len(processor.tokenizer), 32, {"logit_scale": torch.tensor(4.0)}
     shapes = {"visual.class_embedding": (d,), "visual.positional_embedding": (17, d), "visual.proj": (d, 16),
               "visual.conv1.weight": (d, 3, 8, 8), "token_embedding.weight": (vocabulary, d),
-              "positional_embedding": (12, d), "text_projection": (d, 16)}  # fmt: skip
+              "positional_embedding": (77, d), "text_projection": (d, 16)}  # fmt: skip
     for prefix in ("visual.", ""):
         names = ["ln_pre", "ln_post"] if prefix else ["ln_final"]
         for i in range(2):
@@ -1293,7 +1293,7 @@ def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
     torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
     found = rewards.hpsv2(str(folder))(PICTURES, PROMPTS, [{}] * 3)
     tokens = processor.tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids
-    pixels = rewards.clip_pixels(PICTURES, processor.image_processor, pad=True).double()
+    pixels = rewards.model_pixels(PICTURES, processor.image_processor, pad=True).double()
     expected = open_clip_forward({k: v.double() for k, v in state.items()}, pixels, tokens)
     close(found, expected, 1e-5, "hpsv2 against open_clip's forward")
     assert expected.std() > 0.01
@@ -1304,7 +1304,462 @@ def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
         rewards.hpsv2(str(folder))
 
 
-def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_path, monkeypatch):
+def blip_forward(state, pixels, ids, mask, heads=2):
+    """ImageReward's score in the original BLIP layout: vision blocks with fused qkv, BERT with cross-attention."""
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x, name, eps):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def attend(q, k, v, bias=0.0):
+        q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
+        weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    p, gelu = "blip.visual_encoder.", torch.nn.functional.gelu
+    x = torch.nn.functional.conv2d(pixels, state[p + "patch_embed.proj.weight"], state[p + "patch_embed.proj.bias"], 16)
+    x = (
+        torch.cat([state[p + "cls_token"].expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
+        + state[p + "pos_embed"]
+    )
+    for i in range(2):
+        b = f"{p}blocks.{i}."
+        x = x + linear(attend(*linear(norm(x, b + "norm1", 1e-6), b + "attn.qkv").chunk(3, -1)), b + "attn.proj")
+        x = x + linear(gelu(linear(norm(x, b + "norm2", 1e-6), b + "mlp.fc1")), b + "mlp.fc2")
+    image, p = norm(x, p + "norm", 1e-6), "blip.text_encoder."
+    y = state[p + "embeddings.word_embeddings.weight"][ids]
+    y = y + state[p + "embeddings.position_embeddings.weight"][: ids.shape[1]]
+    y = norm(y, p + "embeddings.LayerNorm", 1e-12)
+    hidden = torch.where(mask, 0.0, -math.inf)[:, None, None]
+    for i in range(2):
+        for name, keys, bias in (("attention", None, hidden), ("crossattention", image, 0.0)):
+            b = f"{p}encoder.layer.{i}.{name}."
+            keys = y if keys is None else keys
+            z = attend(linear(y, b + "self.query"), linear(keys, b + "self.key"), linear(keys, b + "self.value"), bias)
+            y = norm(y + linear(z, b + "output.dense"), b + "output.LayerNorm", 1e-12)
+        b = f"{p}encoder.layer.{i}."
+        z = linear(gelu(linear(y, b + "intermediate.dense")), b + "output.dense")
+        y = norm(y + z, b + "output.LayerNorm", 1e-12)
+    y = y[:, 0]
+    for layer in (0, 2, 4, 6, 7):
+        y = linear(y, f"mlp.layers.{layer}")
+    return (y[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def blip_state(vocabulary, d=32, e=24, positions=40):
+    """A random state dict of ImageReward.pt's layout, widths d and e, with the tensors that do not score."""
+    v, t, shapes = "blip.visual_encoder.", "blip.text_encoder.", {}
+
+    def add(name, a, b):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (a, b) if b else (a,), (a,)
+
+    shapes |= {v + "cls_token": (1, 1, d), v + "pos_embed": (1, 197, d), v + "patch_embed.proj.weight": (d, 3, 16, 16)}
+    shapes |= {v + "patch_embed.proj.bias": (d,), t + "embeddings.word_embeddings.weight": (vocabulary, e)}
+    shapes |= {t + "embeddings.position_embeddings.weight": (positions, e)}
+    add(v + "norm", d, 0), add(t + "embeddings.LayerNorm", e, 0)
+    for i in range(2):
+        for name, a, b in (("norm1", d, 0), ("attn.qkv", 3 * d, d), ("attn.proj", d, d), ("norm2", d, 0),
+                           ("mlp.fc1", 2 * d, d), ("mlp.fc2", d, 2 * d)):  # fmt: skip
+            add(f"{v}blocks.{i}.{name}", a, b)
+        for name, width in (("attention", e), ("crossattention", d)):
+            for part, a, b in (("self.query", e, e), ("self.key", e, width), ("self.value", e, width),
+                               ("output.dense", e, e), ("output.LayerNorm", e, 0)):  # fmt: skip
+                add(f"{t}encoder.layer.{i}.{name}.{part}", a, b)
+        for part, a, b in (("intermediate.dense", 48, e), ("output.dense", e, 48), ("output.LayerNorm", e, 0)):
+            add(f"{t}encoder.layer.{i}.{part}", a, b)
+    for layer, (a, b) in zip((0, 2, 4, 6, 7), itertools.pairwise((e, 20, 12, 8, 4, 1)), strict=True):
+        add(f"mlp.layers.{layer}", b, a)
+    add("blip.vision_proj", 16, d), add("blip.text_proj", 16, e)
+    state = {name: 0.5 * torch.randn(shape, generator=gen(i)) for i, (name, shape) in enumerate(shapes.items())}
+    return state | {t + "embeddings.position_ids": torch.arange(positions)[None]}
+
+
+WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
+
+
+@pytest.fixture
+def tiny_blip(tmp_path, monkeypatch):
+    """A folder with a tiny random ImageReward.pt and a word tokenizer, the reward's sizes set to it."""
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
+    state = blip_state(len(vocabulary) + 2)  # BLIP's [DEC] and [ENC]
+    torch.save(state, tmp_path / "ImageReward.pt")
+    common = dict(num_hidden_layers=2, num_attention_heads=2)
+    monkeypatch.setattr(
+        rewards, "BLIP_VISION", rewards.BLIP_VISION | common | dict(hidden_size=32, intermediate_size=64)
+    )
+    text = dict(hidden_size=24, encoder_hidden_size=32, intermediate_size=48, max_position_embeddings=40)
+    monkeypatch.setattr(rewards, "BLIP_TEXT", rewards.BLIP_TEXT | common | text | dict(vocab_size=len(vocabulary) + 2))
+    return tmp_path, state
+
+
+def test_imagereward_equals_a_forward_pass_in_blips_own_layout(tiny_blip):
+    folder, state = tiny_blip
+    prompts = [*PROMPTS, " ".join(WORDS * 6)]  # the last is cut at 35 tokens
+    ids = [[2, *(5 + WORDS.index(word) for word in prompt.split()[:33]), 3] for prompt in prompts]
+    mask = torch.tensor([[i < len(row) for i in range(35)] for row in ids])
+    ids = torch.tensor([row + [0] * (35 - len(row)) for row in ids])
+    images = torch.cat([PICTURES, PICTURES[:1].flip(3)])
+    functions, _ = rewards.load_rewards(f"imagereward@{folder}")
+    found = rewards.compute_rewards(functions, images, [{"prompt": p} for p in prompts], micro_batch=3)["imagereward"]
+    pixels = blip_pixels(images)
+    expected = blip_forward({k: v.double() for k, v in state.items()}, pixels, ids, mask)
+    assert expected.std() > 0.05, expected
+    close(found, expected, 0.02, f"imagereward through PIL, scores that vary by {expected.std():.2f}")
+    with unittest.mock.patch.object(rewards, "model_pixels", lambda *args: pixels.float()[: len(args[0])]):
+        found = functions["imagereward"](images, prompts, [{}] * 4)
+    close(found, expected, 1e-5, "imagereward on the same pixels")
+
+
+def blip_pixels(images):
+    """ImageReward's published transform, by Pillow: shorter side 224 bicubic, centre crop, CLIP's mean and std."""
+    from PIL import Image
+
+    result = []
+    for x in images:
+        picture = Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy())
+        scale = 224 / min(picture.size)
+        W, H = (int(scale * side) for side in picture.size)
+        left, top = round((W - 224) / 2), round((H - 224) / 2)
+        picture = picture.resize((W, H), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+        result.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).double() / 255)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    mean, std = (torch.tensor(v, dtype=F64).view(3, 1, 1) for v in (mean, std))
+    return (torch.stack(result) - mean) / std
+
+
+def test_imagereward_names_weights_that_do_not_fit(tiny_blip):
+    folder, state = tiny_blip
+    crossing = "blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"
+    wrong = {
+        "crossattention": {k: v for k, v in state.items() if k != crossing},
+        "blocks9": state | {"blip.visual_encoder.blocks9.bias": torch.zeros(1)},
+        "position_embedding": {k: v for k, v in state.items() if not k.endswith("pos_embed")},
+        "4.weight": {k: v for k, v in state.items() if not k.startswith("mlp.layers.4")},
+        "5.bias": state | {"mlp.layers.5.bias": torch.zeros(1)},
+        "": state | {crossing: torch.zeros(3, 3)},
+        "embeddings": {},
+    }
+    for message, broken in wrong.items():
+        torch.save(broken, folder / "ImageReward.pt")
+        with pytest.raises(
+            rewards.UserError, match=f"reward imagereward: .*cannot be loaded.*{message}.*; check"
+        ) as error:
+            rewards.imagereward(str(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_imagerewards_sizes_are_blip_larges():
+    """The published architecture by hand: BLIP-large at 224 px, BERT-base that attends to 1024 features."""
+    import transformers
+
+    with torch.device("meta"):
+        vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**rewards.BLIP_VISION))
+        text = transformers.BlipTextModel(transformers.BlipTextConfig(**rewards.BLIP_TEXT), add_pooling_layer=False)
+    d, e = 1024, 768
+    block = 12 * d * d + 13 * d
+    assert sum(p.numel() for p in vision.parameters()) == 24 * block + (3 * 256 + 1 + 1 + 197 + 2) * d
+    layer = 14 * e * e + 2 * d * e + (4 + 4 + 4 + 1 + 6) * e  # two attentions, key and value of one d wide; MLP; norms
+    assert sum(p.numel() for p in text.parameters()) == 12 * layer + (30524 + 512 + 2) * e
+    assert {m.num_heads for m in vision.modules() if hasattr(m, "num_heads")} == {16}
+    assert {m.num_attention_heads for m in text.modules() if hasattr(m, "num_attention_heads")} == {12}
+    assert vision.post_layernorm.eps == 1e-6 and text.embeddings.LayerNorm.eps == 1e-12
+
+
+def box_at(x, y, w=20, h=20):
+    return (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+
+
+def seen(*objects):
+    """Detections for geneval_rules from (class, confidence, centre, colour), the colour in the crop's place."""
+    return [(name, confidence, box_at(*centre), colour) for name, confidence, centre, colour in objects]
+
+
+CAT, DOG = ("cat", 0.8, (50, 50), "red"), ("dog", 0.7, (150, 50), "blue")
+ONE = dict(tag="single_object", include=[{"class": "cat", "count": 1}])
+BOTH = dict(tag="two_object", include=[{"class": "cat", "count": 1}, {"class": "dog", "count": 1}])
+TWO = dict(tag="counting", include=[{"class": "cat", "count": 2}], exclude=[{"class": "cat", "count": 3}])
+RED = dict(tag="colors", include=[{"class": "cat", "count": 1, "color": "red"}])
+REDS = dict(tag="colors", include=[{"class": "cat", "count": 2, "color": "red"}])
+PAIR = [{"class": "cat", "count": 1, "color": "red"}, {"class": "dog", "count": 1, "color": "blue"}]
+ATTR = dict(tag="color_attr", include=PAIR)
+
+
+def beside(side, number=1):
+    there = {"class": "dog", "count": 1, "position": [side, 0]}
+    return dict(tag="position", include=[{"class": "cat", "count": number}, there])
+
+
+def cats(*confidences, colours="red red red red"):
+    colours = itertools.chain(colours.split(), itertools.repeat("red"))
+    return [("cat", c, (50 * i, 50), colour) for (i, c), colour in zip(enumerate(confidences), colours, strict=False)]
+
+
+GENEVAL_CASES = [
+    (ONE, [CAT], 1), (ONE, [CAT, DOG], 1), (ONE, [DOG], 0), (ONE, [], 0), (ONE, cats(0.8, 0.8), 1),
+    (ONE, cats(0.31), 1), (ONE, cats(0.3), 0), (ONE, cats(0.29), 0),
+    (BOTH, [DOG, CAT], 1), (BOTH, [CAT], 0), (BOTH, [DOG], 0), (BOTH, cats(0.8, 0.8), 0),
+    (TWO, cats(0.95, 0.91), 1), (TWO, cats(0.95, 0.9), 0), (TWO, cats(0.95, 0.89), 0), (TWO, cats(0.95), 0),
+    (TWO, cats(0.95, 0.95, 0.95), 0), (TWO, cats(0.95, 0.95, 0.89), 1), (TWO, [*cats(0.95, 0.95), DOG], 1),
+    (RED, [CAT], 1), (RED, [CAT[:3] + ("blue",)], 0), (RED, cats(0.8, 0.5, colours="red blue"), 1),
+    (RED, cats(0.5, 0.8, colours="red blue"), 0), (REDS, cats(0.8, 0.5), 1), (REDS, cats(0.8), 0),
+    (REDS, cats(0.8, 0.5, colours="red blue"), 0), (REDS, cats(0.8, 0.5, 0.4, colours="red blue red"), 0),
+    (ATTR, [CAT, DOG], 1), (ATTR, [CAT[:3] + ("blue",), DOG[:3] + ("red",)], 0), (ATTR, [CAT, DOG[:3] + ("red",)], 0),
+    (ATTR, [CAT], 0), (dict(ONE, exclude=[{"class": "dog", "count": 1}]), [CAT, DOG], 0),
+    (dict(ONE, exclude=[{"class": "dog", "count": 1}]), [CAT], 1),
+    (beside("right of"), [CAT, DOG], 1), (beside("left of"), [CAT, DOG], 0), (beside("above"), [CAT, DOG], 0),
+    (beside("below"), [CAT, DOG], 0), (beside("right of"), [DOG], 0), (beside("right of"), [CAT], 0),
+    (beside("below"), [CAT, ("dog", 0.7, (50, 150), "blue")], 1),
+    (beside("above"), [("cat", 0.8, (9, 90), ""), DOG], 0), (beside("above"), [("cat", 0.8, (150, 150), ""), DOG], 1),
+    (beside("right of"), [CAT, ("dog", 0.7, (51, 50), "")], 0),
+    (beside("right of", 2), [*cats(0.8, 0.8), ("dog", 0.7, (150, 50), "")], 1),
+    (beside("right of", 2), [*cats(0.8, 0.8), ("dog", 0.7, (25, 50), "")], 0),
+    (dict(ONE, exclude=[{"class": "cat", "count": 17}]), cats(*[0.8] * 20), 1),
+    (dict(include=[{"class": "cat", "count": 16}]), cats(*[0.8] * 20), 1),
+    (dict(include=[{"class": "cat", "count": 17}]), cats(*[0.8] * 20), 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(GENEVAL_CASES)))
+def test_geneval_rules_on_synthetic_detections(number):
+    meta, objects, expected = GENEVAL_CASES[number]
+    for order in (objects, objects[::-1]):
+        assert rewards.geneval_rules(seen(*order), meta, lambda name, colours: colours) == expected
+
+
+def test_geneval_positions_keep_the_margin_and_the_angle():
+    """Boxes of 20 px: 0.1 of both widths is 4 px: d px apart count as d - 4, more than half of d if d > 8."""
+    for dx, dy, expected in (
+        (8.1, 0, {"right of"}), (7.9, 0, set()), (-8.1, 0, {"left of"}), (0, 8.1, {"below"}), (0, -8.1, {"above"}),
+        (0, 7.9, set()), (0, 0, set()), (100, 100, {"right of", "below"}), (-100, 60, {"left of"}),
+        (-100, 70, {"left of", "below"}), (30, -60, {"above"}),
+    ):  # fmt: skip
+        assert rewards.sides(box_at(200 + dx, 300 + dy), box_at(200, 300)) == expected, (dx, dy)
+    wide, tall = box_at(0, 0, 100, 10), box_at(25, 0, 20, 10)  # 0.1 (100 + 20) = 12 of 25 px: 13 > 12.5
+    assert rewards.sides(tall, wide) == {"right of"} and rewards.sides(wide, tall) == {"left of"}
+    assert rewards.sides(box_at(23.9, 0, 20, 10), wide) == set()
+
+
+LABELS = ["keyboard", "sofa", "cat", "dog", "pottedplant"]
+
+
+@pytest.fixture(scope="module")
+def tiny_geneval(tiny_clip, tmp_path_factory):
+    """A folder with a tiny random Mask2Former and the tiny CLIP, as geneval@FOLDER wants them; the detector."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("geneval")
+    shutil.copytree(tiny_clip, folder / "clip-vit-large-patch14")
+    swin = transformers.SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+                                   out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        dim_feedforward=16, num_attention_heads=2, num_queries=8, encoder_layers=1, decoder_layers=2,
+        id2label=dict(enumerate(LABELS)),
+    )  # fmt: skip
+    torch.manual_seed(4)
+    with unittest.mock.patch("transformers.models.mask2former.modeling_mask2former.requires_backends"):
+        model = transformers.Mask2FormerForUniversalSegmentation(config).eval()  # its loss asks for scipy
+    model.class_predictor.weight.data *= 40  # sure of something
+    detector = folder / "mask2former-swin-small-coco-instance"
+    model.save_pretrained(detector)
+    transformers.Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(detector)
+    return folder, model
+
+
+def to_pil(x):
+    from PIL import Image
+
+    return Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def test_geneval_detects_and_names_colours_like_the_hub_pipelines(tiny_geneval):
+    """Boxes, crops and colours by Pillow, the hub's processors and the unchanged detector, against the reward's own."""
+    import transformers
+    from PIL import Image
+
+    folder, model = tiny_geneval
+    eye = transformers.Mask2FormerImageProcessor.from_pretrained(folder / "mask2former-swin-small-coco-instance")
+    images = (torch.nn.functional.interpolate(PICTURES, size=(64, 96), mode="bicubic").clamp(0, 1) * 255).round() / 255
+    names = ["computer keyboard", "couch", "cat", "dog", "potted plant"]
+    expected, metadata, scores = [], [], []
+    for x in images:
+        picture = to_pil(x)
+        with torch.no_grad():
+            out = model(**eye(picture, return_tensors="pt"))
+        found = eye.post_process_instance_segmentation(out, 0.3, target_sizes=[(64, 96)], return_binary_maps=True)[0]
+        objects = []
+        for info, mask in zip(found["segments_info"], found["segmentation"], strict=True):
+            mask = Image.fromarray((mask.numpy() * 255).astype(np.uint8))
+            crop = Image.composite(picture, Image.new("RGB", picture.size, "#999"), mask).crop(mask.getbbox())
+            objects.append((names[info["label_id"]], info["score"], mask.getbbox(), crop))
+        expected.append(objects)
+        first = max(objects, key=lambda entry: entry[1])[0]
+        number = sum(name == first for name, *_ in objects)
+        metadata += [dict(include=[{"class": first, "count": n}]) for n in (number, number + 1)]
+        scores += [1.0, 0.0]
+    assert sum(map(len, expected)) >= 6, expected
+    functions, _ = rewards.load_rewards(f"geneval@{folder}")
+    calls, rules = [], rewards.geneval_rules
+
+    def recorded(objects, meta, colours):
+        calls.append((list(objects), colours))
+        return rules(calls[-1][0], meta, colours)
+
+    lines = [dict(prompt="p", **meta) for meta in metadata]
+    with unittest.mock.patch.object(rewards, "geneval_rules", recorded):
+        found = rewards.compute_rewards(functions, images.repeat_interleave(2, 0), lines)["geneval"]
+    assert found.tolist() == scores
+    for (objects, colours), want in zip(calls[::2], expected, strict=True):
+        assert [(name, box) for name, _, box, _ in objects] == [(name, box) for name, _, box, _ in want]
+        close([score for _, score, *_ in objects], [score for _, score, *_ in want], 1e-5, "confidences")
+        for (name, _, _, crop), (*_, picture) in zip(objects, want, strict=True):
+            pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
+            close(crop, pixels, 1e-6, "masked crop")
+            assert colours(name, [crop]) == named_colours(folder / "clip-vit-large-patch14", [picture], name)
+    crops = [torch.rand(3, 1, 1, generator=gen(i)) + 0.4 * torch.rand(3, 9, 5, generator=gen(i)) for i in range(60)]
+    crops = [(crop.clamp(0, 1) * 255).round() / 255 for crop in crops]
+    for name in names:
+        expected = named_colours(folder / "clip-vit-large-patch14", [to_pil(crop) for crop in crops], name)
+        assert len(set(expected)) >= 2, "colours that differ"
+        assert sum(a == b for a, b in zip(calls[0][1](name, crops), expected, strict=True)) >= 58  # near ties
+    with unittest.mock.patch.object(rewards, "clip_embeddings", wraps=rewards.clip_embeddings) as spy:
+        calls[0][1]("couch", crops[:1])
+    prompts = [call.args[2] for call in spy.call_args_list if isinstance(call.args[2], list)]
+    colours = "red orange yellow green blue purple pink brown black white".split()
+    phrases = [(f"{colour} couch", f"{colour}-colored couch", f"{colour} object") for colour in colours]
+    assert prompts == [[f"a photo of a {phrase}" for group in phrases for phrase in group]]
+
+
+def named_colours(folder, pictures, name):
+    """GenEval's zero-shot colours of crops, in float64 by the hub processor's PIL path, three templates averaged."""
+    import transformers
+
+    model = transformers.CLIPModel.from_pretrained(folder).double().eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    names = "red orange yellow green blue purple pink brown black white".split()
+    unit = torch.nn.functional.normalize
+    with torch.no_grad():
+        pixels = torch.cat([processor(images=[x], return_tensors="pt")["pixel_values"] for x in pictures]).double()
+        image = unit(model.get_image_features(pixel_values=pixels).pooler_output, dim=1)
+        scores = []
+        for colour in names:
+            prompts = [
+                f"a photo of a {what}" for what in (f"{colour} {name}", f"{colour}-colored {name}", f"{colour} object")
+            ]
+            tokens = processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+            text = unit(model.get_text_features(**tokens).pooler_output, dim=1).mean(dim=0)
+            scores.append(image @ text / text.norm())
+    return [names[i] for i in torch.stack(scores, dim=1).argmax(dim=1)]
+
+
+def test_detector_pixels_equal_the_processors_pil_path(tmp_path):
+    import transformers
+
+    for size in ({"shortest_edge": 64, "longest_edge": 96}, {"height": 50, "width": 70}):
+        processor = transformers.Mask2FormerImageProcessor(size=size)
+        for shape in ((48, 64), (64, 48), (33, 100), (64, 64), (128, 160)):
+            images = torch.nn.functional.interpolate(PICTURES, size=shape, mode="bicubic").clamp(0, 1)
+            expected = processor([to_pil(x) for x in images], return_tensors="pt")["pixel_values"]
+            close(rewards.model_pixels(images, processor), expected, 0.03, f"pixels from {shape}, normalised units")
+
+
+def test_geneval_refuses_what_it_cannot_judge(tiny_geneval):
+    functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
+    cat = {"class": "cat", "count": 1}
+    cases = {
+        "no include": {},
+        "has no include": dict(include=[]),
+        "unicorn": dict(include=[{"class": "unicorn", "count": 1}]),
+    }
+    cases |= {"cyan": dict(include=[dict(cat, color="cyan")])}
+    cases |= {"zebra": dict(include=[cat], exclude=[{"class": "zebra", "count": 2}])}
+    for message, meta in cases.items():
+        with pytest.raises(rewards.UserError, match=f'reward geneval: "my prompt".*{message}'):
+            rewards.compute_rewards(functions, PICTURES[:1], [dict(prompt="my prompt", **meta)])
+
+
+def test_hpsv3_says_that_it_is_served():
+    with pytest.raises(rewards.UserError, match=r"hpsv3.*not built in.*MizzenAI/HPSv3.*server"):
+        rewards.load_rewards("shapes=0,hpsv3=1")
+
+
+def test_readme_rewards_of_ones_own_run(tmp_path):
+    """Both examples as they stand in the README; the served one gets its own port and a server that counts pixels."""
+    import base64
+    import http.server
+    import io
+    import threading
+
+    from PIL import Image
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+            scores = [file.size[0] + len(prompt) for file, prompt in zip(files, body["prompts"], strict=True)]
+            data = json.dumps({"scores": scores}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    blocks = re.findall(
+        r"```python\n(# (\w+\.py), used as --reward (\w+\.py):(\w+)\n.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    assert {block[3] for block in blocks} == {"hpsv3", "brightness"}
+    for code, file, used, _ in blocks:
+        assert file == used
+        (tmp_path / file).write_text(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.server_port}"))
+    spec = ",".join(f"{tmp_path}/{file}:{name}" for _, file, _, name in blocks)
+    found = rewards.compute_rewards(rewards.load_rewards(spec)[0], PICTURES, [{"prompt": p} for p in PROMPTS])
+    server.shutdown()
+    server.server_close()
+    close(found["hpsv3"], [64 + len(prompt) for prompt in PROMPTS], 1e-6, "served scores")
+    close(found["brightness"], PICTURES.double().mean(dim=(1, 2, 3)), 1e-6, "brightness")
+
+
+def test_prompt_files_in_genevals_format_work_as_they_are(tiny_geneval, tmp_path):
+    """One line of each task type, with the keys in the order in which GenEval's generator writes them."""
+    cat, keys = {"class": "cat", "count": 1}, {"class": "computer keyboard", "count": 1}
+    entries = [
+        dict(tag="single_object", include=[cat], prompt="a photo of a cat"),
+        dict(tag="two_object", include=[cat, keys], prompt="a photo of a cat and a computer keyboard"),
+        dict(tag="counting", include=[dict(cat, count=2)], exclude=[dict(cat, count=3)], prompt="a photo of two cats"),
+        dict(tag="colors", include=[dict(keys, color="pink")], prompt="a photo of a pink computer keyboard"),
+        dict(
+            tag="position", include=[cat, dict(keys, position=["above", 0])], prompt="a photo of a keyboard above a cat"
+        ),
+        dict(
+            tag="color_attr", include=[dict(cat, color="red"), dict(keys, color="blue")], prompt="a photo of a red cat"
+        ),
+    ]
+    readme = re.search(r'`(\{"tag": "position".*?\})`', (ROOT / "README.md").read_text(), re.S)[1].replace("\n", " ")
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + readme + "\n")
+    lines = rewards.load_prompts(path)
+    assert lines == [*entries, json.loads(readme)]
+    functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
+    found = rewards.compute_rewards(functions, PICTURES[torch.arange(7) % 3], lines)["geneval"]
+    assert set(found.tolist()) <= {0.0, 1.0}
+
+
+HUB_IDS = {
+    "pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-large-patch14",
+    "aesthetic": "openai/clip-vit-large-patch14", "hpsv2": "xswu/HPSv2", "imagereward": "zai-org/ImageReward",
+    "geneval": "facebook/mask2former-swin-small-coco-instance", "ocr": "stepfun-ai/GOT-OCR-2.0-hf",
+}  # fmt: skip
+
+
+def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tiny_geneval, tmp_path, monkeypatch):
     import os
     import pickle
 
@@ -1314,18 +1769,24 @@ def test_pickles_are_refused_and_missing_models_are_one_sentence(tiny_clip, tmp_
 
     folder = tmp_path / "bad"
     shutil.copytree(tiny_clip, folder)
-    for file in ("HPS_v2.1_compressed.pt", "aesthetic-model.pth"):
+    for file in ("HPS_v2.1_compressed.pt", "aesthetic-model.pth", "ImageReward.pt"):
         (folder / file).write_bytes(pickle.dumps(Malicious()))
+    name = "mask2former-swin-small-coco-instance"
+    detector = shutil.copytree(tiny_geneval[0] / name, folder / name)
+    (detector / "model.safetensors").unlink()
+    (detector / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     (folder / "model.safetensors").rename(folder / "hidden")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in [name for name in rewards.MODEL_REWARDS if name != "vlm"]:
+    assert list(HUB_IDS) + ["vlm"] == list(rewards.MODEL_REWARDS)
+    for name, hub in HUB_IDS.items():
         if name == "aesthetic":
             (folder / "hidden").rename(folder / "model.safetensors")  # past CLIP, to the head
         for spec in (f"{name}@{folder}", f"{name}@{tmp_path}/nowhere", name):
             with pytest.raises(rewards.UserError, match=rf"reward {name}: .*cannot be loaded.*{name}@FOLDER") as error:
                 rewards.load_rewards(spec)
             assert "\n" not in str(error.value)
+        assert f": {hub}" in str(error.value), "the last one is the hub's"
     assert not (tmp_path / "owned").exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert (tmp_path / "owned").exists(), "the pickle is a real one"
@@ -1470,7 +1931,7 @@ def test_ocr_reads_like_the_hub_pipeline(tmp_path):
     inputs = processor(
         [Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()) for x in pictures], return_tensors="pt"
     )
-    close(rewards.stretched_pixels(pictures, images), inputs["pixel_values"], 1e-5, "pixels at the processor's size")
+    close(rewards.model_pixels(pictures, images), inputs["pixel_values"], 1e-5, "pixels at the processor's size")
     out = model.generate(**inputs, do_sample=False, tokenizer=tokenizer, stop_strings="<|im_end|>", max_new_tokens=64)
     expected = processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     functions, _ = rewards.load_rewards(f"ocr@{tmp_path}")

@@ -120,9 +120,9 @@ PRESETS = {
                  reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=16, group_size=12,
                  micro_batch=96, steps=10, eval_steps=10, eval_samples=4, iterations=50, lr=2e-4, ref_kl_beta=0.1),
     "sd3": dict(reward="hpsv2=1,pickscore=1,clipscore=1"),
-    "flux": dict(reward="hpsv2=1,pickscore=1", resolution=720, guidance_scale=3.5, max_sequence_length=512,
+    "flux": dict(reward="hpsv2=1,pickscore=1,imagereward=1", resolution=720, guidance_scale=3.5,
                  group_size=12, steps=16, eval_steps=28, micro_batch=1, grad_checkpointing=True, lora_rank=64,
-                 lora_alpha=128, lr=1e-4, clip_range=1e-2, iterations=300),
+                 lora_alpha=128, lr=1e-4, clip_range=1e-2, iterations=300, max_sequence_length=512),
 }  # fmt: skip
 
 
