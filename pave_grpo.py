@@ -187,7 +187,7 @@ class Model:
         self.encoders = torch.nn.ModuleList(e for name, e in pipe.components.items() if e and "text_encoder" in name)
         # the model before training: under LoRA it shares the frozen weights; under --full it stays on the CPU till used
         shared = {} if args.full else {id(w): w for w in pipe.transformer.state_dict(keep_vars=True).values()}
-        self.initial = copy.deepcopy(pipe.transformer, shared)
+        self.initial = copy.deepcopy(pipe.transformer, shared).to("cpu" if args.full else device)
         self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
         self.transformer.requires_grad_(args.full)
         if not args.full:  # LoRA on the attention projections of both streams, in fp32: bf16 would round updates away
@@ -204,38 +204,39 @@ class Model:
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         for net in (self.transformer, self.initial) if args.compile else ():
+            torch._dynamo.config.recompile_limit = 64  # a block has more variants than the default 8, dropped silently
             _ = [b.compile() for b in (*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ()))]
 
     @torch.no_grad()
     def encode(self, prompts: list[str], *ahead: str) -> tuple[Tensor, Tensor]:
         """Context (B, S, D) and pooled (B, E) of B prompts, cached; encoders (T5: 9.5 GB) visit the device at need."""
-        new = [prompt for prompt in dict.fromkeys([*prompts, *ahead]) if prompt not in self.cache]
-        self.encoders.to(self.device if new else "cpu")
-        options: dict = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
-        options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
-        for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF if new else True):
-            out = self.pipe.encode_prompt(prompt, None, **options)
-            self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
-        self.encoders.to("cpu")
+        if new := [prompt for prompt in dict.fromkeys([*prompts, *ahead]) if prompt not in self.cache]:
+            self.encoders.to(self.device)
+            options: dict = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
+            options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
+            for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF):
+                out = self.pipe.encode_prompt(prompt, None, **options)
+                self.cache[prompt] = out[0][0].cpu(), out[1 if self.is_flux else 2][0].cpu()
+            self.encoders.to("cpu")
         context, pooled = zip(*(self.cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(context).to(self.device), torch.stack(pooled).to(self.device)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
         """v(x_t, t) of the model, or of the initial one; the transformer autocasts if the text encoders are bf16.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts.  Returns like x_t."""
-        transformer = self.initial.to(self.device) if initial else self.transformer
+        net = (self.initial.to(self.device) if self.args.full else self.initial) if initial else self.transformer
         x, t, n = x_t.float(), t.float().expand(len(x_t)), len(x_t) // len(cond[0])
         context, pooled = (repeat(c, "b ... -> (n b) ...", n=n) for c in cond)
         inputs = {"encoder_hidden_states": context, "pooled_projections": pooled, "return_dict": False}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=context.dtype == torch.bfloat16):
             if not self.is_flux:
-                return transformer(x, timestep=1000 * t, **inputs)[0].to(x_t.dtype)
+                return net(x, timestep=1000 * t, **inputs)[0].to(x_t.dtype)
             h, w = x.shape[2] // 2, x.shape[3] // 2
-            ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (0, row, column)
-            guidance = torch.full_like(t, self.args.guidance_scale) if transformer.config.guidance_embeds else None
+            ids = torch.cartesian_prod(*(torch.arange(k, device=x.device) for k in (1, h, w))).to(x)  # (0, row, column)
+            guidance = torch.full_like(t, self.args.guidance_scale) if net.config.guidance_embeds else None
             inputs |= {"img_ids": ids, "txt_ids": ids.new_zeros(context.shape[1], 3), "guidance": guidance}
             tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-            v = transformer(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
+            v = net(tokens, timestep=t, **inputs)[0]  # multiplies t by 1000 itself
             return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2).to(x_t.dtype)
 
     def velocity_fn(self, lines: list[dict], initial: bool = False):
@@ -643,8 +644,7 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:  # one sentence, exit 2
-        memory, disk = (isinstance(error, x) for x in (torch.OutOfMemoryError, safetensors.SafetensorError))
-        mend = " The checkpoint before is intact: make room, then continue it with --resume." if disk else ""
-        mend = " Lower --micro_batch or --resolution, or give --grad_checkpointing." if memory else mend
-        print("error: " + str(error).strip().split("\n")[0] + mend, file=sys.stderr)
+        mends = {torch.OutOfMemoryError: " Lower --micro_batch or --resolution, or give --grad_checkpointing.",
+                 safetensors.SafetensorError: " The last checkpoint is intact: make room, and --resume."}  # fmt: skip
+        print("error: " + str(error).strip().split("\n")[0] + mends.get(type(error), ""), file=sys.stderr)
         sys.exit(2)
