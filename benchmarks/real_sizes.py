@@ -25,7 +25,7 @@ RESOLUTIONS = {"sd3": (512, 1024), "flux": (720, 512)}
 CASES = [(kind, name, px) for kind, sizes in RESOLUTIONS.items() for px in sizes for name in SCRIPTS]
 PROMPT, GIB = "a prompt", 2**30
 DATA_SHEET = 989  # TFLOP/s, dense bf16, of an H100 SXM: the peak that estimates assume a share of
-REWARDS_GB = {"hpsv2": 4, "pickscore": 4, "clipscore": 1.7}  # as the README's table of rewards
+REWARDS_GB = {"hpsv2": 4, "pickscore": 4, "clipscore": 1.7, "imagereward": 1.8}  # as the README's table of rewards
 
 # ---------------------------------------------------------------------------------------------------------- models
 NETS = {"sd3": diffusers.SD3Transformer2DModel, "flux": diffusers.FluxTransformer2DModel}
