@@ -10,10 +10,15 @@ steps, lr 2e-4, all weights. --jobs runs at a time, one thread each. Raw metrics
 
 import argparse
 import fnmatch
-import json
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from seeds import HERE, evaluations, train
+
+sys.path.insert(0, str(HERE.parent))
+from pave_grpo import parse_args
 
 ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --kl_beta 0"
 STEPS = {4: "0 2", 10: "0 2 4 6"}  # T: trained steps
@@ -27,7 +32,7 @@ def configurations() -> dict[str, str]:
             prompts = 16 if rollout == "sde" else 16 // len(steps.split())
             for step in ("flow", "cps"):
                 for splits in ("", "2", "2 3"):
-                    for target in ("stored", "coupled") if splits and rollout == "sde" else ("stored",):
+                    for target in ("stored", "coupled") if splits else ("stored",):
                         name = f"T{T}-{rollout}-{step}-S{splits.replace(' ', '.')}" + "-coupled" * (target == "coupled")
                         found[name] = (
                             f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --sde {step} "
@@ -37,16 +42,28 @@ def configurations() -> dict[str, str]:
 
 
 def table() -> None:
-    """Reward at the end and network evaluations of a run, per configuration, mean over the seeds that are there."""
-    print("| configuration | seeds | before | after 10 | after 20 | network evaluations |\n|---|---|---|---|---|---|")
+    """Rewards per configuration, mean over the seeds that are there (lowest, highest), at equal iterations, and at the
+    network evaluations that Flow-GRPO (no splits) of the same T, rollout and step takes for 20: between two evaluations
+    the line through them."""
+    print("| configuration | seeds | before | after 10 | after 20 | evaluations | at Flow-GRPO's evaluations |")
+    print("|---|---|---|---|---|---|---|")
     for name in configurations():
         runs = sorted((HERE / "results").glob(f"pave-{name}-s*.jsonl"))
         if not runs:
             continue
-        scores = [sum(values) / len(runs) for values in zip(*map(evaluations, runs), strict=True)]
-        last = json.loads(runs[0].read_text().splitlines()[-1])
-        total = 20 * 192 * (last["nfe/sample"] + last["nfe/update"])
-        print(f"| {name} | {len(runs)} | " + " | ".join(f"{s:.3f}" for s in scores) + f" | {total:,.0f} |")
+        before, ten, twenty = (torch.tensor(values) for values in zip(*map(evaluations, runs), strict=True))
+        total, flow_grpo = (cost(found) for found in (name, re.sub(r"-S.*", "-S", name)))
+        reach = 2 * flow_grpo / total  # in tens of iterations, from 1 on
+        equal = ten + (twenty - ten) * (reach - 1) if reach >= 1 else before + (ten - before) * reach
+        spread = f"{twenty.mean():.3f} ({twenty.min():.2f}, {twenty.max():.2f})"
+        print(f"| {name} | {len(runs)} | {before.mean():.3f} | {ten.mean():.3f} | {spread} | {total:,.0f} | "
+              f"{equal.mean():.3f} |")  # fmt: skip
+
+
+def cost(name: str) -> float:
+    """Network evaluations of a run."""
+    args = parse_args(configurations()[name].split()[1:])
+    return args.iterations * args.prompts_per_iter * args.sizes()[0] * sum(args.sizes()[3:])
 
 
 def main() -> None:
