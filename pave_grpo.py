@@ -141,11 +141,11 @@ def parse_args(argv: list[str] | None = None) -> Config:
         action.option_strings, action.nargs = action.option_strings[:1], "*" if action.nargs == "+" else action.nargs
     chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if chosen.resume:
-        defaults = read_checkpoint(Path(chosen.resume))[0]["config"]
+        defaults = read_checkpoint(Path(chosen.resume))[0]["config"] | {"run_dir": ""}
     elif chosen.model in PRESETS:
         defaults = PRESETS[chosen.model]
     else:
-        kind = DiffusionPipeline.load_config(chosen.model)["_class_name"]
+        kind = DiffusionPipeline.load_config(chosen.model).get("_class_name")
         defaults = PRESETS[PIPELINES[kind]] if kind in PIPELINES else fail(f"--model {chosen.model} is a {kind}.")
     parser.set_defaults(**defaults)
     args = Config(**vars(parser.parse_args(argv)))
@@ -186,8 +186,8 @@ class Model:
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
         self.encoders = torch.nn.ModuleList(e for name, e in pipe.components.items() if e and "text_encoder" in name)
         # the model before training: under LoRA it shares the frozen weights; under --full it stays on the CPU till used
-        shared = {} if args.full else {id(w): w for w in pipe.transformer.state_dict(keep_vars=True).values()}
-        self.initial = copy.deepcopy(pipe.transformer, shared).to("cpu" if args.full else device)
+        kept = {} if args.full else {id(w): w for w in pipe.transformer.to(device).state_dict(keep_vars=True).values()}
+        self.initial = copy.deepcopy(pipe.transformer, kept)
         self.transformer, self.vae = pipe.transformer.to(device), pipe.vae.to(device)
         self.transformer.requires_grad_(args.full)
         if not args.full:  # LoRA on the attention projections of both streams, in fp32: bf16 would round updates away
@@ -473,7 +473,7 @@ def save_checkpoint(run_dir: Path, iteration: int, info: dict, model: Model, opt
     safetensors.torch.save_file({n: p.data for n, p in model.trainable.items()}, tmp / "weights.safetensors")
     safetensors.torch.save_file(moments, tmp / "optimizer.safetensors")
     (tmp / "state.json").write_text(json.dumps({"iteration": iteration} | info))
-    os.sync()  # on disk before it gets its name
+    _ = [os.fsync(file.open("rb")) for file in tmp.iterdir()]  # type: ignore[func-returns-value]
     if final.exists():
         shutil.rmtree(previous, ignore_errors=True)
         final.rename(previous)
@@ -482,13 +482,14 @@ def save_checkpoint(run_dir: Path, iteration: int, info: dict, model: Model, opt
 
 def read_checkpoint(run_dir: Path, *files: str) -> list[dict]:
     """state.json and tensor files of run_dir/checkpoint, or of .prev if a kill left only that. Raises UserError."""
-    folder = run_dir / ("checkpoint" if (run_dir / "checkpoint").exists() else "checkpoint.prev")
+    names = [name for name in ("checkpoint", "checkpoint.prev") if (run_dir / name).exists()] or ["checkpoint"]
+    folder = run_dir / names[0]
     try:
         state = json.loads((folder / "state.json").read_text())
         _ = Config(**state["config"]), int(state["iteration"])  # a TypeError names a flag that is not of this script
         return [state, *(safetensors.torch.load_file(folder / f"{name}.safetensors") for name in files)]
     except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
-        fail(f"--resume: {folder} is missing, damaged or not of this script ({error}); is there a checkpoint.prev?")
+        fail(f"{folder} is missing, damaged or another script's ({error}); without it, checkpoint.prev is used.")
 
 
 def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer: torch.optim.AdamW) -> int:
@@ -497,7 +498,7 @@ def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer: torch.
     means = {key.removesuffix(".exp_avg"): x for key, x in moments.items() if key.endswith(".exp_avg")} or weights
     shapes, *found = ({n: x.shape for n, x in tensors.items()} for tensors in (model.trainable, weights, means))
     if found != [shapes, shapes]:
-        changed = [name for name, value in state["config"].items() if value != getattr(args, name)]
+        changed = [name for name in ("model", "full", "lora_rank") if state["config"].get(name) != getattr(args, name)]
         fail(f"--resume: {run_dir} holds other weights; flags that differ: {', '.join(changed) or 'none'}.")
     for name, p in model.trainable.items():
         p.data.copy_(weights[name])
@@ -522,7 +523,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, args: Config, norms: list[f
     if math.isfinite(norms[-1]):
         optimizer.step()
     elif len(norms) >= 3 and not any(map(math.isfinite, norms[-3:])):
-        fail("three gradients in a row were not finite; the last checkpoint is intact, try a lower --lr.")
+        fail("three gradients in a row were not finite; the last checkpoint is from before: start with a lower --lr.")
     optimizer.zero_grad()
 
 
@@ -534,7 +535,6 @@ def main(argv: list[str] | None = None) -> None:
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
-    reward_fns, reward_weights = load_rewards(args.reward)
     P, gradient_steps = args.prompts_per_iter, args.update_epochs * args.num_minibatches
     G, rows, B, sampling, updating = args.sizes()
     samples = [(slot, i) for slot in range(RANK, P, WORLD_SIZE) for i in range(G)]  # whole groups of this process
@@ -547,8 +547,9 @@ def main(argv: list[str] | None = None) -> None:
               f"evaluations: {P * G * sampling:,} to sample, {P * G * updating:,} to update", flush=True)  # fmt: skip
     name = f"runs/{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or name)
-    if not args.resume and (run_dir / "checkpoint").exists():
-        fail(f"--run_dir {run_dir} holds a run already; continue it with --resume {run_dir}, or name another folder.")
+    if args.run_dir and (args.resume or any((run_dir / f"checkpoint{x}").exists() for x in ("", ".prev"))):
+        fail(f"--run_dir {args.run_dir} holds a run already, or stands beside --resume: continue with --resume alone.")
+    reward_fns, reward_weights = load_rewards(args.reward)
     model = load_model(args, device)
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
     done = load_checkpoint(run_dir, args, model, optimizer) if args.resume else 0
@@ -567,7 +568,7 @@ def main(argv: list[str] | None = None) -> None:
     passes = range(-(-args.iterations * P // len(train_lines)))  # endless reshuffled passes over the prompt file
     orders = [torch.randperm(len(train_lines), generator=generator_for(args.seed, i, "prompts")) for i in passes]
     schedule = [train_lines[i] for i in torch.cat(orders).tolist()][: args.iterations * P]
-    model.encode([""], *(line["prompt"] for line in eval_lines + schedule[done * P :]))
+    model.encode([""], *(line["prompt"] for line in eval_lines + schedule[done * P + RANK :: WORLD_SIZE]))
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{done:04d}.png")
     if not done:
         print(json.dumps({"iteration": 0} | before), file=log)
@@ -628,16 +629,15 @@ def main(argv: list[str] | None = None) -> None:
             logged |= scores
         print(json.dumps({"iteration": iteration} | logged), file=log)
         bar.set_postfix(reward=f"{logged['reward/mean']:.3f}", ratio=f"{logged['policy/ratio_mean']:.4f}")
-        if RANK == 0 and (iteration % args.save_every == 0 or last):
+        if RANK == 0 and (iteration % args.save_every == 0 or last) and math.isfinite(norms[-1]):
             save_checkpoint(run_dir, iteration, info, model, optimizer)
         if last:
             break
     if RANK == 0:
         bar.close()
-        print(*(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}" for name in before), sep="\n")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
-        if halt:
-            print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
+        again = f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}"
+        print(again if halt else "\n".join(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}" for name in before))
 
 
 if __name__ == "__main__":
@@ -645,6 +645,6 @@ if __name__ == "__main__":
         main()
     except (UserError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:  # one sentence, exit 2
         mends = {torch.OutOfMemoryError: " Lower --micro_batch or --resolution, or give --grad_checkpointing.",
-                 safetensors.SafetensorError: " The last checkpoint is intact: make room, and --resume."}  # fmt: skip
+                 safetensors.SafetensorError: " Disk full, or a file damaged? The checkpoint is intact."}  # fmt: skip
         print("error: " + str(error).strip().split("\n")[0] + mends.get(type(error), ""), file=sys.stderr)
         sys.exit(2)

@@ -2299,27 +2299,26 @@ class Killed(BaseException):
     """SIGKILL as seen from inside: nothing catches it."""
 
 
-KILL_POINTS = ["pathlib.Path.mkdir", "safetensors.torch.save_file", "safetensors.torch.save_file",
-               "pathlib.Path.write_text", "os.sync", "pathlib.Path.rename", "pathlib.Path.rename"]  # fmt: skip
+KILL_POINTS = ["shutil.rmtree", "pathlib.Path.mkdir", "safetensors.torch.save_file", "safetensors.torch.save_file",
+               "pathlib.Path.write_text", "os.fsync", "os.fsync", "os.fsync", "shutil.rmtree", "pathlib.Path.rename",
+               "pathlib.Path.rename"]  # fmt: skip
 
 
 def test_a_kill_at_any_step_of_saving_loses_one_iteration_at_most(tmp_path):
-    """Saves iteration 2 over 1, killed before each step of it in turn: what can be read is whole, and 1 or 2."""
+    """With checkpoints 2 and 1 on disk, saves 3, killed before each step of it in turn: 2 is read, whole."""
     args = vgrpo.parse_args(["--full", "false", "--lora_rank", "4"])
     model = vgrpo.load_model(args, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=0.1)
-    seen = set()
     for step, point in enumerate(KILL_POINTS):
         folder, count = tmp_path / str(step), KILL_POINTS[:step].count(point)
         folder.mkdir()
-        weights = {}
-        for iteration in (1, 2):
+        for iteration in (1, 2, 3):
             for p in model.trainable.values():
                 p.grad = torch.ones_like(p)
             optimizer.step()
-            weights[iteration] = {name: p.detach().clone() for name, p in model.trainable.items()}
-            if iteration == 1:
-                vgrpo.save_checkpoint(folder, 1, {"config": vars(args)}, model, optimizer)
+            if iteration < 3:
+                vgrpo.save_checkpoint(folder, iteration, {"config": vars(args)}, model, optimizer)
+                weights = {name: p.detach().clone() for name, p in model.trainable.items()}
         module, _, name = point.rpartition(".")
         owner = Path if module == "pathlib.Path" else sys.modules[module]
         honest, calls = getattr(owner, name), itertools.count()
@@ -2330,15 +2329,13 @@ def test_a_kill_at_any_step_of_saving_loses_one_iteration_at_most(tmp_path):
             return honest(*a, **k)
 
         with unittest.mock.patch.object(owner, name, killed), pytest.raises(Killed):
-            vgrpo.save_checkpoint(folder, 2, {"config": vars(args)}, model, optimizer)
+            vgrpo.save_checkpoint(folder, 3, {"config": vars(args)}, model, optimizer)
         with torch.no_grad():
             _ = [p.zero_() for p in model.trainable.values()]
-        found = vgrpo.load_checkpoint(folder, args, model, optimizer)
-        assert all(torch.equal(p, weights[found][name]) for name, p in model.trainable.items())
-        vgrpo.save_checkpoint(folder, 3, {"config": vars(args)}, model, optimizer)
-        assert vgrpo.read_checkpoint(folder)[0]["iteration"] == 3, "and saving goes on"
-        seen.add(found)
-    assert seen == {1}, "the last step alone makes 2 of 1"
+        assert vgrpo.load_checkpoint(folder, args, model, optimizer) == 2, point
+        assert all(torch.equal(p, weights[name]) for name, p in model.trainable.items())
+        vgrpo.save_checkpoint(folder, 4, {"config": vars(args)}, model, optimizer)
+        assert vgrpo.read_checkpoint(folder)[0]["iteration"] == 4, "and saving goes on"
 
 
 def spawn(folder, *flags, script="vgrpo.py", launcher=(), **more):
@@ -2478,11 +2475,11 @@ def test_prompts_that_do_not_divide_over_processes_are_refused(script, monkeypat
 def test_a_process_that_dies_takes_the_run_down(tmp_path):
     (tmp_path / "own.py").write_text(SIGNAL.format(call=3, signal="SIGKILL"))
     flags = f"--reward {tmp_path}/own.py:stopping --micro_batch 2 --group_size 2 --prompts_per_iter 4 --iterations 90"
-    started = time.time()
     code, out, err = torchrun(tmp_path / "run", 2, *flags.split())
     assert code != 0 and "SIGKILL" in err, out + err
-    log = tmp_path / "run/metrics.jsonl"
-    assert time.time() - log.stat().st_mtime < 60 < 240 > time.time() - started, "within a minute of its last line"
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the evaluation and iteration 1"
+    assert time.time() - (tmp_path / "run/metrics.jsonl").stat().st_mtime < 60, "no hanging"
 
 
 @both
@@ -2511,7 +2508,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     checkpoint, flags = tmp_path / "checkpoint", ["--resume", str(tmp_path), "--iterations", "3"]
     with pytest.raises(rewards.UserError, match="lora_rank"):
         vgrpo.main([*flags, "--lora_rank", "8"])
-    with pytest.raises(rewards.UserError, match=r"not of this script .*solver"):
+    with pytest.raises(rewards.UserError, match=r"another script's .*solver"):
         pave_grpo.main(flags)
     state, optimizer = (checkpoint / "state.json").read_text(), (checkpoint / "optimizer.safetensors").read_bytes()
     damages = {"weights.safetensors": [b"", None], "optimizer.safetensors": [b"no tensors", None],
@@ -2521,7 +2518,9 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
         whole = (checkpoint / name).read_bytes()
         for content in (*contents, whole[: len(whole) // 2]):
             (checkpoint / name).unlink() if content is None else (checkpoint / name).write_bytes(content)
-            with pytest.raises(rewards.UserError, match=r"checkpoint is missing, damaged or.*checkpoint\.prev"):
+            with pytest.raises(
+                rewards.UserError, match=r"/checkpoint is missing, damaged or.*without it, checkpoint\.prev"
+            ):
                 vgrpo.main(flags)
             assert content is None or (checkpoint / name).read_bytes() == content, "untouched"
             (checkpoint / name).write_bytes(whole)
@@ -2568,9 +2567,7 @@ def test_poisoned_weights_are_skipped_counted_and_stop_the_run(tmp_path, script,
         run(tmp_path / "run", "--iterations", "5", "--reward", "jpeg=1", "--save_every", "1", script=script)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["optim/skipped_steps"] for line in lines[1:]] == [1, 1]
-    state, weights, moments = script.read_checkpoint(tmp_path / "run", "weights", "optimizer")
-    assert state["iteration"] == 2 and not moments
-    assert sum(x.isnan().sum().item() for x in weights.values()) == 1
+    assert not (tmp_path / "run/checkpoint").exists(), "what may be poisoned does not replace a good checkpoint"
 
 
 def fuzzed_prompt_file(rng):
@@ -2663,6 +2660,11 @@ def test_a_run_is_never_overwritten(tmp_path, script):
     with pytest.raises(rewards.UserError, match="--resume"):
         run(tmp_path / "run", "--iterations", "1", script=script)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(rewards.UserError, match="beside --resume"):
+        run(tmp_path / "run", "--resume", str(tmp_path / "run"), "--run_dir", str(tmp_path / "fork"), script=script)
+    (tmp_path / "run/checkpoint").rename(tmp_path / "run/checkpoint.prev")  # as a kill may leave it
+    with pytest.raises(rewards.UserError, match="--resume"):
+        run(tmp_path / "run", "--iterations", "1", script=script)
     with pytest.raises(rewards.UserError, match="include"):
         run(tmp_path / "early", "--iterations", "1", "--prompts", str(ROOT / "prompts/general.txt"), script=script)
     assert run(tmp_path / "early", "--iterations", "1", script=script)[-1]["iteration"] == 1
