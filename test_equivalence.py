@@ -2785,7 +2785,9 @@ def test_cuda_compiled_blocks_give_the_same_loss(script):
 # -------------------------------------------------------------------------------------------------- rivals and evidence
 
 sys.path.append(str(ROOT / "benchmarks"))
+import curves  # noqa: E402
 import rivals  # noqa: E402
+import variance  # noqa: E402
 
 ADV = torch.tensor([1.3, -0.4, 0.2, -2.5], dtype=F64)
 
@@ -2946,9 +2948,9 @@ def test_mixgrpo_with_all_steps_in_its_window_is_flow_grpo(tmp_path):
 
 def test_awm_on_policy_is_vgrpo_without_its_variance_reductions(tmp_path):
     """The same evaluations, gradient norms and counts as vgrpo.py --weighting v, fresh pairs, no soft clip."""
-    found = rival_run(tmp_path / "awm", "awm")
-    flags = "--iterations 2 --no_group_shared_pairs --no_stratified --weighting v --soft_clip 0"
-    expected = untimed(run(tmp_path / "v", *flags.split()))
+    found = rival_run(tmp_path / "awm", "awm", *"--num_pairs 2 --micro_batch 6".split())
+    flags = "--iterations 2 --num_pairs 2 --micro_batch 6 --weighting v --soft_clip 0".split()
+    expected = untimed(run(tmp_path / "v", *flags, "--no_group_shared_pairs", "--no_stratified"))
     for a, b in zip(found, expected, strict=True):
         for key in a.keys() & b.keys() - {"loss/total", "loss/policy"}:  # 0 but for rounding
             assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-8), (key, a[key], b[key])
@@ -2956,8 +2958,64 @@ def test_awm_on_policy_is_vgrpo_without_its_variance_reductions(tmp_path):
 
 def test_nft_samples_from_the_old_policy(tmp_path):
     """An old policy that never moves (eta = 1) keeps sampling as the initial model does, whatever theta learns."""
-    still = rival_run(tmp_path / "still", "nft", "--lr", "1e-12", "--ema_rate", "1", "--ema_max", "1")
-    moving = rival_run(tmp_path / "moving", "nft", "--lr", "1e-2", "--ema_rate", "1", "--ema_max", "1")
+    flags = "--num_pairs 2 --micro_batch 6 --ema_rate 1 --ema_max 1 --lr".split()
+    still, moving = (rival_run(tmp_path / lr, "nft", *flags, lr) for lr in ("1e-12", "1e-2"))
     assert moving[2]["reward/mean"] == still[2]["reward/mean"], "sampled by theta_old"
     assert moving[2]["loss/kl"] > 10 * still[2]["loss/kl"], "while theta moves"
-    assert [line.get("nfe/update") for line in moving] == [None, 8, 12], "theta_old is theta in iteration 1 only"
+    assert [line.get("nfe/update") for line in moving] == [None, 4, 6], "theta_old is theta in iteration 1 only"
+
+
+def check_figures(figures):
+    """Coefficients of variation against loops over draws, prompts and images."""
+    L = 1 + torch.rand(5, 2, 3, generator=gen(), dtype=F64)
+
+    def std(values):
+        return math.sqrt(sum((x - sum(values) / len(values)) ** 2 for x in values) / len(values))
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    R, P, G, x = *map(range, L.shape), L.tolist()
+    draws = [[x[r][p][g] for r in R] for p in P for g in G]
+    groups = [[x[r][p][g] for g in G] for r in R for p in P]
+    noise = []
+    for p in P:
+        differences = [std([x[r][p][g] - x[r][p][h] for r in R]) for g, h in itertools.combinations(G, 2)]
+        noise.append(mean(differences) / mean([x[r][p][g] for r in R for g in G]))
+    expected = [mean([std(v) / mean(v) for v in values]) for values in (draws, groups)] + [mean(noise)]
+    for value, reference, what in zip(figures(L), expected, ("over draws", "within groups", "noise"), strict=True):
+        close(value, reference, 1e-12, what)
+
+
+def test_maths_variance_figures_equal_naive_loops():
+    check_figures(variance.figures)
+    shared = 1 + torch.rand(5, 2, 1, generator=gen(), dtype=F64).expand(5, 2, 3)
+    assert variance.figures(shared)[1:] == (0, 0), "noise that a group shares is gone from what GRPO compares"
+
+
+@pytest.mark.parametrize("old, new", [("cv(L, 0)", "cv(L, 2)"), ("dim=0, unb", "dim=1, unb"), ("(G - 1)", "G")])
+def test_mutations_of_the_variance_figures_are_caught(old, new):
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_figures(mutant(variance.figures, old, new))
+
+
+def test_curves_read_runs_right():
+    """Where a run reaches a reward, what it cost by then; and every job's command parses, at equal sizes."""
+    found = [{"iteration": 0, "eval/shapes": 0.4}]
+    found += [
+        {"iteration": i, "nfe/sample": 10, "nfe/update": i, "time/sample": 2.0 * i, "time/update": 1.0}
+        for i in (1, 2, 3, 4)
+    ]
+    found[2]["eval/shapes"], found[4]["eval/shapes"] = 0.6, 0.9
+    points = curves.scores(found)
+    assert [curves.reached(points, level) for level in (0.3, 0.5, 0.75, 0.95)] == [0, 1, 3, None]
+    assert curves.evaluations(found, 2) == [0, 22, 46, 72, 100]
+    assert curves.interpolate(curves.evaluations(found, 2), 2.5) == 59 and curves.interpolate([0, 5], 1.0) == 5
+    assert curves.seconds_per_iteration([found, [{}, {"time/sample": 99.0}]]) == 6
+    for job in [*curves.grid_jobs(), *curves.best_jobs(), *curves.other_jobs(), *curves.reduced_jobs()]:
+        script, *flags = job.command.split()
+        args = (
+            rivals.parse(flags)[1] if "rivals" in script else {"v": vgrpo, "p": pave_grpo}[script[0]].parse_args(flags)
+        )
+        size = args.sizes()[0] * args.prompts_per_iter
+        assert args.iterations == job.iterations and size == (384 if job.name == "pave" else 192), job

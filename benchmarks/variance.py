@@ -1,6 +1,6 @@
 """How noisy V-GRPO's surrogate is, and what each of its variance reductions does about it, on the initial model.
 
-    python benchmarks/variance.py                   # prints the table, about a minute on one core
+    python benchmarks/variance.py                   # prints the table, three minutes on one core
 
 P prompts x G images are sampled once from the initial model. The surrogate L[r, p, g] of vgrpo.py (N pairs) is then
 evaluated in R independent draws of pairs, with theta fixed. Population standard deviations; cv(x) = std(x) / mean(x).
