@@ -258,11 +258,11 @@ def draw_curves(level: float, reduced: bool, path: Path) -> None:
         values = [[scores(run)[i] for run in found] for i in iterations]
         spent, rate = evaluations(found[0], images), seconds_per_iteration(found)
         for axis, x in zip(
-            axes, ([i * rate for i in iterations], [spent[i] for i in iterations], iterations), strict=True
+            axes, ([i * rate for i in iterations], [spent[i] / 1000 for i in iterations], iterations), strict=True
         ):
             axis.plot(x, [*map(mean, values)], color=colour, marker=".", label=f"{method} ({len(found)})")
             axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15, linewidth=0)
-    for axis, label in zip(axes, ("seconds, one thread", "network evaluations", "iterations"), strict=True):
+    for axis, label in zip(axes, ("seconds, one thread", "network evaluations, thousands", "iterations"), strict=True):
         axis.set_xlabel(label)
         axis.axhline(level, color="black", linewidth=0.5, linestyle=":")
     axes[0].set_ylabel("eval/shapes")
