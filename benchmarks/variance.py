@@ -7,6 +7,8 @@ evaluated in R independent draws of pairs, with theta fixed. Population standard
   over draws     mean over images (p, g) of cv over r of L[r, p, g]: the noise of one image's likelihood estimate
   within groups  mean over draws r and prompts p of cv over g of L[r, p, g]: the spread of a group in one draw, which
                  holds real differences between its images as well as noise
+  real in groups mean over p of cv over g of the mean over r of L[r, p, g]: what is left of that when the pairs of all R
+                 draws are averaged; noise of 1 / sqrt(R) of a draw's is still in it
   noise in diff  mean over p and pairs of images g, h of std over r of (L[r, p, g] - L[r, p, h]), divided by the mean of
                  L[., p, .]: the noise of what GRPO compares; ours, the paper has no such figure
 Weightings have different scales; a cv has none. Paper (arXiv 2604.23380; FLUX, other rewards, its definition not
@@ -44,16 +46,16 @@ def cv(x: Tensor, dim: int) -> Tensor:
     return x.std(dim=dim, unbiased=False) / x.mean(dim=dim)
 
 
-def figures(L: Tensor) -> tuple[float, float, float]:
-    """over draws, within groups, noise in diff (see above).   L: (R, P, G) > 0"""
+def figures(L: Tensor) -> list[float]:
+    """over draws, within groups, real in groups, noise in diff (see above).   L: (R, P, G) > 0"""
     differences = (L[..., :, None] - L[..., None, :]).std(dim=0, unbiased=False)  # (P, G, G), 0 for g = h
     G = L.shape[2]
     noise = differences.sum(dim=(1, 2)) / (G * (G - 1)) / L.mean(dim=(0, 2))
-    return cv(L, 0).mean().item(), cv(L, 2).mean().item(), noise.mean().item()
+    return [x.mean().item() for x in (cv(L, 0), cv(L, 2), cv(L.mean(dim=0), 1), noise)]
 
 
 @torch.no_grad()
-def measure(options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
+def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     args = vgrpo.parse_args(["--model", "tiny", "--num_pairs", str(options.num_pairs)])
     model = vgrpo.load_model(args, torch.device("cpu"))
     P, G = options.prompts, options.group_size
@@ -80,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options)
     (ROOT / "benchmarks/results/variance.json").write_text(json.dumps(vars(options) | {"figures": found}, indent=1))
-    print("| surrogate | over draws | within groups | noise in diff |\n|---|---|---|---|")
+    print("| surrogate | over draws | within groups | real in groups | noise in diff |\n|---|---|---|---|---|")
     for name, values in found.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
 
