@@ -2965,6 +2965,16 @@ def test_nft_samples_from_the_old_policy(tmp_path):
     assert [line.get("nfe/update") for line in moving] == [None, 4, 6], "theta_old is theta in iteration 1 only"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["nft --soft_clip 3", "nft --clip_range 0.1", "awm --kl_beta 1", "awm --weighting x", "awm --resume x",
+     "mixgrpo --splits 2", "mixgrpo --window 10", "mixgrpo --interval 0", "mixgrpo --rollout branch"],
+)  # fmt: skip
+def test_rivals_refuse_flags_that_they_would_ignore(flags):
+    with pytest.raises(rewards.UserError):
+        rivals.parse(["--method", *flags.split()])
+
+
 def check_figures(figures):
     """Coefficients of variation against loops over draws, prompts and images."""
     L = 1 + torch.rand(5, 2, 3, generator=gen(), dtype=F64)

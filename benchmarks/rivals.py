@@ -207,6 +207,10 @@ def parse(argv: list[str] | None) -> tuple:
             vgrpo.fail("mixgrpo is --rollout sde without --splits.")
         if not 1 <= options.window <= args.steps - 1 or min(options.interval, options.stride) < 1:
             vgrpo.fail(f"--window must be 1 to {args.steps - 1}, --interval and --stride at least 1.")
+    elif (
+        args.soft_clip or args.kl_beta or args.weighting != "adaptive" or (options.method == "nft" and args.clip_range)
+    ):
+        vgrpo.fail("nft and awm have no --soft_clip, --kl_beta or --weighting, and nft no --clip_range.")
     return options, args
 
 

@@ -11,8 +11,8 @@ evaluated in R independent draws of pairs, with theta fixed. Population standard
                  draws are averaged; noise of 1 / sqrt(R) of a draw's is still in it
   noise in diff  mean over p and pairs of images g, h of std over r of (L[r, p, g] - L[r, p, h]), divided by the mean of
                  L[., p, .]: the noise of what GRPO compares; ours, the paper has no such figure
-Weightings have different scales; a cv has none. Paper (arXiv 2604.23380; FLUX, other rewards, its definition not
-checked): coefficient of variation .230 -> .128, within a group .170 -> .038, without -> with the reductions.
+Weightings have different scales; a cv has none. Paper (arXiv 2604.23380; its model and exact definition
+not checked): coefficient of variation .230 -> .128, within a group .170 -> .038, without -> with the reductions.
 """
 
 import argparse
