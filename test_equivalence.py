@@ -65,6 +65,17 @@ def close(actual, expected, tolerance, what):
     assert error <= tolerance, f"{what}: {error} > {tolerance}"
 
 
+def sgd(model, lr=0.1):
+    """One step of gradient descent on model.parameters, as the scripts' update calls it."""
+    optimizer = torch.optim.SGD(model.parameters, lr=lr)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def mutant(function, old, new):
     """`function` with a piece of its source replaced."""
     source = inspect.getsource(function)
@@ -355,13 +366,8 @@ def test_maths_several_updates_equal_one_shot_updates():
     minibatches = [[slice(0, 2), slice(2, 3)], [slice(3, 5), slice(5, 6)]]
     models, terms = [Linear(), Linear()], None
     for which, model in enumerate(models):
-        optimizer = torch.optim.SGD(model.parameters, lr=0.5)
+        step = sgd(model, lr=0.5)
         if which == 0:
-
-            def step(optimizer=optimizer):
-                optimizer.step()
-                optimizer.zero_grad()
-
             terms = vgrpo.update(model, [{}] * 6, (*data, adv), minibatches, args, step)
             continue
         with torch.no_grad():
@@ -374,9 +380,8 @@ def test_maths_several_updates_equal_one_shot_updates():
                 kl = ((x0_hat - x0_old[rows]) ** 2).flatten(1).mean(1)
                 ref_kl = ((x0_hat - x0_ref) ** 2 / t[:, :, None, None, None] ** 2).flatten(1).mean(1)
                 loss, _ = vgrpo.vgrpo_loss(L, L_old[rows], adv[rows], 0.02, kl, 0.2, ref_kl, 0.1)
-                optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
+                step()
     close(models[0].W, models[1].W, 1e-12, "weights after four updates")
     close(models[0].b, models[1].b, 1e-12, "bias after four updates")
     L_old, L_new, kl, ref_kl = terms
@@ -802,12 +807,7 @@ def check_pave_update(transition_loss, **changes):
         size = n // args.num_minibatches
         minibatches = [[slice(i, i + 1) for i in range(end - size, end)] for end in range(size, n + 1, size)]
         for which, model in enumerate(models):
-            optimizer = torch.optim.SGD(model.parameters, lr=0.1)
-
-            def step(optimizer=optimizer):
-                optimizer.step()
-                optimizer.zero_grad()
-
+            step = sgd(model)
             if which == 0:
                 with unittest.mock.patch.object(pave_grpo, "transition_loss", transition_loss):
                     terms = pave_grpo.update(model, [{}] * n, data, minibatches, args, step)
@@ -2898,12 +2898,7 @@ def test_maths_forward_updates_equal_one_backward_pass(method):
     minibatches = [[slice(0, 3), slice(3, 4)], [slice(4, 6), slice(6, 8)]]
     for fresh, old in ((True, Linear()), (False, Linear(5))):
         for which, model in enumerate(models):
-            optimizer = torch.optim.SGD(model.parameters, lr=0.1)
-
-            def step(optimizer=optimizer):
-                optimizer.step()
-                optimizer.zero_grad()
-
+            step = sgd(model)
             if which == 0:
                 old = copied_weights(model) if fresh else old
                 data = x_0, t, noise, adv
