@@ -3021,7 +3021,11 @@ def test_curves_read_runs_right():
     assert curves.evaluations(found, 2) == [0, 22, 46, 72, 100]
     assert curves.interpolate(curves.evaluations(found, 2), 2.5) == 59 and curves.interpolate([0, 5], 1.0) == 5
     assert curves.seconds_per_iteration([found, [{}, {"time/sample": 99.0}]]) == 6
-    for job in [*curves.grid_jobs(), *curves.best_jobs(), *curves.other_jobs(), *curves.reduced_jobs()]:
+    slow = [{**line, "eval/shapes": 0.4} if "eval/shapes" in line else line for line in found]
+    spent, number, means = curves.costs([found, slow], 2, 0.75)
+    assert (spent, number) == ([3, 4], 1) and means == [3.5, 86, 3.5 * 6], "a seed that never gets there counts in full"
+    jobs = curves.grid_jobs() + curves.best_jobs() + curves.other_jobs() + curves.ablation_jobs([0])
+    for job in jobs + curves.reduced_jobs():
         script, *flags = job.command.split()
         args = (
             rivals.parse(flags)[1] if "rivals" in script else {"v": vgrpo, "p": pave_grpo}[script[0]].parse_args(flags)

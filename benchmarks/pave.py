@@ -31,8 +31,8 @@ def configurations() -> dict[str, str]:
         for rollout in ("sde", "branch"):
             prompts = 16 if rollout == "sde" else 16 // len(steps.split())
             for step in ("flow", "cps"):
-                for splits in ("", "2", "2 3"):
-                    for target in ("stored", "coupled") if splits else ("stored",):
+                for splits in ("", "2", "2 3", "2 3 4") if (T, rollout) == (10, "branch") else ("", "2", "2 3"):
+                    for target in ("stored", "coupled") if splits in ("2", "2 3") else ("stored",):
                         name = f"T{T}-{rollout}-{step}-S{splits.replace(' ', '.')}" + "-coupled" * (target == "coupled")
                         found[name] = (
                             f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --sde {step} "

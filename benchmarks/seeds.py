@@ -3,7 +3,6 @@
     python benchmarks/seeds.py                         # all configurations and seeds; finished runs are kept
     python benchmarks/seeds.py --only default --seeds 0 1
     python benchmarks/seeds.py --table                 # only prints the table of what benchmarks/results holds
-    python benchmarks/seeds.py --figure                # draws before_after.png from the run of seed 0
 
 --jobs runs at a time, one thread each. Raw metrics go to benchmarks/results/CONFIGURATION-sSEED.jsonl.
 """
@@ -16,8 +15,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATIONS = {
@@ -62,32 +59,13 @@ def table() -> None:
             )
 
 
-def figure() -> None:
-    """The first and the last evaluation grid of the default run with seed 0, one below the other."""
-    grids = sorted((HERE.parent / "runs/seeds-default-s0/samples").glob("iter_*.png"))
-    scores = evaluations(HERE / "results/default-s0.jsonl")
-    pictures = [Image.open(grids[0]), Image.open(grids[-1])]
-    width, height = pictures[0].size
-    canvas = Image.new("RGB", (width, 2 * (height + 24)), "white")
-    for row, (picture, score, path) in enumerate(
-        zip(pictures, (scores[0], scores[-1]), (grids[0], grids[-1]), strict=True)
-    ):
-        title = f"{'before' if row == 0 else 'after'} (iteration {int(path.stem[-4:])}): eval/shapes {score:.2f}"
-        ImageDraw.Draw(canvas).text((4, row * (height + 24) + 4), title, "black", font_size=16)
-        canvas.paste(picture, (0, row * (height + 24) + 24))
-    canvas.save(HERE / "before_after.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo and pave 0-2")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
-    if args.figure:
-        return figure()
     if not args.table:
         (HERE / "results").mkdir(exist_ok=True)
         jobs = [(name, CONFIGURATIONS[name], s) for name in args.only for s in args.seeds or range(SEEDS.get(name, 5))]
