@@ -9,6 +9,7 @@ Checks that guard a formula are functions of the implementation; mutation tests 
 
 import ast
 import difflib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -2788,7 +2789,9 @@ def test_cuda_compiled_blocks_give_the_same_loss(script):
 
 sys.path.append(str(ROOT / "benchmarks"))
 import curves  # noqa: E402
+import pave  # noqa: E402
 import rivals  # noqa: E402
+import seeds  # noqa: E402
 import variance  # noqa: E402
 
 ADV = torch.tensor([1.3, -0.4, 0.2, -2.5], dtype=F64)
@@ -3032,3 +3035,16 @@ def test_curves_read_runs_right():
         )
         size = args.sizes()[0] * args.prompts_per_iter
         assert args.iterations == job.iterations and size == (384 if job.name == "pave" else 192), job
+
+
+TABLES = {f"reach {level}": functools.partial(curves.reach_table, level, False) for level in (0.7, 0.8)}
+TABLES |= {"grid": curves.grid_table, "ablations": curves.ablation_table, "seeds": seeds.table, "pave": pave.table}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_readme_tables_are_what_the_results_say(table, capsys):
+    """Every row that a benchmark prints of benchmarks/results stands in the README, in the same order."""
+    table()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) > 2 and "missing" not in "".join(printed)
+    assert "\n".join(printed) in (ROOT / "README.md").read_text()

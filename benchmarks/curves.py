@@ -385,9 +385,7 @@ def draw_ablations(path: Path) -> None:
         axis.axvline(ablation_start(panel), color="black", linewidth=0.8, linestyle=":")
         axis.invert_yaxis()
         axis.set_title(panel, loc="left", fontsize=10)
-    axes[-1, 0].set_xlabel(
-        f"eval/shapes at iteration {AT} (V-GRPO), 20 (Pave-GRPO); dotted: before training; in brackets: seeds"
-    )
+    axes[-1, 0].set_xlabel("eval/shapes (dotted: before training; in brackets: seeds)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
