@@ -3028,6 +3028,8 @@ def test_curves_read_runs_right():
     spent, number, means = curves.costs([found, slow], 2, 0.75)
     assert (spent, number) == ([3, 4], 1) and means == [3.5, 86, 3.5 * 6], "a seed that never gets there counts in full"
     jobs = curves.grid_jobs() + curves.best_jobs() + curves.other_jobs() + curves.ablation_jobs([0])
+    lengths = {"default": 50, "no_ref_kl": 50, "naive_elbo": 50, "pave": 80}  # names that seeds.py has too: its runs
+    assert all(job.iterations == lengths[job.name] for job in jobs if job.name in lengths)
     for job in jobs + curves.reduced_jobs():
         script, *flags = job.command.split()
         args = (

@@ -22,6 +22,7 @@ seconds     iterations x the seconds of an iteration (sample + reward + update, 
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import subprocess
@@ -84,7 +85,7 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
     },
     "step controls": {
         "soft clip 3, KL to initial model 0.1": ("default", ""),
-        "no KL to initial model": ("no_ref_kl", V + "--ref_kl_beta 0"),
+        "no KL to initial model": ("no_ref_kl", "vgrpo.py --ref_kl_beta 0"),  # seeds.py's run, so its 50 iterations
         "hard clamp 5 for the soft clip": ("abl-hard", V + "--soft_clip 0"),
         "4 updates": ("abl-updates4", V + "--num_minibatches 4"),
         "4 updates, ratio clip 0.01": ("abl-updates4_clip", V + "--num_minibatches 4 --clip_range 1e-2"),
@@ -142,7 +143,8 @@ def other_jobs() -> list[Job]:
 
 def ablation_jobs(seeds: list[int]) -> list[Job]:
     rows = {name: command for panel in ABLATIONS.values() for name, command in panel.values() if command}
-    jobs = [Job(name, command, s, AT) for s in seeds for name, command in rows.items()]
+    lengths = {name: vgrpo.parse_args(command.split()[1:]).iterations for name, command in rows.items()}
+    jobs = [Job(name, command, s, lengths[name]) for s in seeds for name, command in rows.items()]
     commands = pave_configurations()
     names = dict.fromkeys(name for panel in PAVE_ABLATIONS.values() for name in panel.values())
     return jobs + [Job(f"pave-{name}", commands[name], s, 20) for s in seeds for name in names]
@@ -488,6 +490,8 @@ def main() -> None:
             attempt(Job(f"measure-{name}", f"{command} --iterations 3 --eval_samples 1", 0, 3))
     if options.measure or options.estimate:
         return print_estimate(options.jobs)
+    if importlib.util.find_spec("matplotlib") is None:  # before hours of runs, not after them
+        parser.error("the figures need `pip install -r benchmarks/requirements.txt`.")
     full = [grid_jobs, best_jobs, other_jobs, lambda: ablation_jobs(options.ablation_seeds)]
     stages = [reduced_jobs] if options.reduced else full if options.full else []
     for stage in () if options.draw else stages:  # each looks at the results of the one before
