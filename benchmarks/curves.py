@@ -1,24 +1,37 @@
 """V-GRPO beside its rivals on the bundled model: learning curves, time to a reward, ablations.
 
-    python benchmarks/curves.py --reduced          # six methods, one seed, 30 iterations, then draws
-    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best, ablations, then draws
-    python benchmarks/curves.py --full --ablation_seeds 0 1 2      # the same, with three seeds of each ablation
-    python benchmarks/curves.py                    # only draws and prints what benchmarks/results holds
-    python benchmarks/curves.py --estimate         # what --reduced and --full will take, and what of it is still to do
-    python benchmarks/curves.py --measure          # three iterations of each method, one at a time, for the estimate
+    python benchmarks/curves.py runs/ONE runs/OTHER    # curves of your own runs, into runs.png
+    python benchmarks/curves.py --reduced          # six methods, one seed, 30 iterations, then
+    draws
+    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best,
+    ablations, then draws
+    python benchmarks/curves.py --full --ablation_seeds 0 1 2      # the same, with three seeds of
+    each ablation
+    python benchmarks/curves.py                    # only draws and prints what benchmarks/results
+    holds
+    python benchmarks/curves.py --estimate         # what --reduced and --full will take, and what
+    of it is still to do
+    python benchmarks/curves.py --measure          # three iterations of each method, one at a time,
+    for the estimate
 
 --jobs runs at a time, one thread each; finished runs are kept, others start again. Raw metrics:
 benchmarks/results/NAME-sSEED.jsonl. Figures need `pip install -r benchmarks/requirements.txt`.
 
-Method: all get 192 images an iteration (pave: 384, its preset), 10 steps, 50 iterations (pave: 80), the same prompts
-and noise for each seed, and the same grid of learning rates with seed 0. The best, by the mean of the last two
-evaluations, is run with seeds 1 and 2 and shown with all three, so seed 0 is seen twice: it chose and it counts.
+Method: all get 192 images an iteration (pave: 384, its preset), 10 steps, 50 iterations (pave: 80),
+the same prompts
+and noise for each seed, and the same grid of learning rates with seed 0. The best, by the mean of
+the last two
+evaluations, is run with seeds 1 and 2 and shown with all three, so seed 0 is seen twice: it chose
+and it counts.
 Only the learning rate is searched: all else is the preset, or the rival's default in rivals.py.
-reached     where the line between two evaluations first meets the reward (evaluations: every tenth iteration); a seed
+reached     where the line between two evaluations first meets the reward (evaluations: every tenth
+iteration); a seed
             that never does counts with its whole run, and the mean is marked as a lower bound, ">"
 evaluations network evaluations, of all images; a forward pass with its backward pass counts once
-seconds     iterations x the seconds of an iteration (sample + reward + update, no evaluation): the median over a run's
-            iterations, of the seed with the smallest, because other work on the machine can only add to it
+seconds     iterations x the seconds of an iteration (sample + reward + update, no evaluation): the
+median over a run's
+            iterations, of the seed with the smallest, because other work on the machine can only
+            add to it
 """
 
 import argparse
@@ -33,11 +46,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
 
+import own_runs
 from pave import configurations as pave_configurations
 from PIL import Image, ImageDraw
 from seeds import HERE, train
 
 sys.path.insert(0, str(HERE.parent))
+from planned import evaluations_per_iteration
+
 import pave_grpo
 import vgrpo
 
@@ -52,10 +68,19 @@ METHODS = {  # name, command, colour
     "awm": ("AWM", "benchmarks/rivals.py --method awm", "tab:purple"),
     "mixgrpo": ("MixGRPO", "benchmarks/rivals.py --method mixgrpo", "tab:green"),
     "flow_grpo": ("Flow-GRPO", FLOW_GRPO, "tab:orange"),
-    "naive_elbo": ("naive ELBO", "vgrpo.py --no_group_shared_pairs --no_stratified --weighting eps", "tab:gray"),
+    "naive_elbo": (
+        "naive ELBO",
+        "vgrpo.py --no_group_shared_pairs --no_stratified --weighting eps",
+        "tab:gray",
+    ),
 }
-OTHERS = {"pave": ("Pave-GRPO", "pave_grpo.py", "tab:brown")}  # with its preset's 80 iterations and learning rate
-PAPERS = {"mixgrpo": "2x", "nft": "3x"}  # V-GRPO's abstract: its speedup over them, on FLUX.1-dev and SD3.5-M
+OTHERS = {
+    "pave": ("Pave-GRPO", "pave_grpo.py", "tab:brown")
+}  # with its preset's 80 iterations and learning rate
+PAPERS = {
+    "mixgrpo": "2x",
+    "nft": "3x",
+}  # V-GRPO's abstract: its speedup over them, on FLUX.1-dev and SD3.5-M
 AT = 30  # iterations of an ablation
 V = f"vgrpo.py --iterations {AT} "
 ABLATIONS = {  # panel -> label -> (name of the results, command)
@@ -85,11 +110,20 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
     },
     "step controls": {
         "soft clip 3, KL to initial model 0.1": ("default", ""),
-        "no KL to initial model": ("no_ref_kl", "vgrpo.py --ref_kl_beta 0"),  # seeds.py's run, so its 50 iterations
+        "no KL to initial model": (
+            "no_ref_kl",
+            "vgrpo.py --ref_kl_beta 0",
+        ),  # seeds.py's run, so its 50 iterations
         "hard clamp 5 for the soft clip": ("abl-hard", V + "--soft_clip 0"),
         "4 updates": ("abl-updates4", V + "--num_minibatches 4"),
-        "4 updates, ratio clip 0.01": ("abl-updates4_clip", V + "--num_minibatches 4 --clip_range 1e-2"),
-        "4 updates, KL to behaviour 0.3": ("abl-updates4_kl", V + "--num_minibatches 4 --kl_beta 0.3"),
+        "4 updates, ratio clip 0.01": (
+            "abl-updates4_clip",
+            V + "--num_minibatches 4 --clip_range 1e-2",
+        ),
+        "4 updates, KL to behaviour 0.3": (
+            "abl-updates4_kl",
+            V + "--num_minibatches 4 --kl_beta 0.3",
+        ),
     },
 }
 PAVE_ABLATIONS = {  # panel -> label -> name in pave.py; 20 iterations of 192 images
@@ -128,13 +162,21 @@ def run_name(method: str, lr: str) -> str:
 
 
 def grid_jobs() -> list[Job]:
-    return [Job(run_name(m, lr), f"{METHODS[m][1]} --lr {lr}", 0, 50) for m in METHODS for lr in GRID]
+    return [
+        Job(run_name(m, lr), f"{METHODS[m][1]} --lr {lr}", 0, 50) for m in METHODS for lr in GRID
+    ]
 
 
 def best_jobs() -> list[Job]:
-    """Further seeds of each method's best learning rate; of the preset's where the grid has not been run."""
+    """Further seeds of each method's best learning rate; of the preset's where the grid has not
+    been run.
+    """
     best = {method: best_lr(method) or PRESET for method in METHODS}
-    return [Job(run_name(m, lr), f"{METHODS[m][1]} --lr {lr}", s, 50) for m, lr in best.items() for s in SEEDS[1:]]
+    return [
+        Job(run_name(m, lr), f"{METHODS[m][1]} --lr {lr}", s, 50)
+        for m, lr in best.items()
+        for s in SEEDS[1:]
+    ]
 
 
 def other_jobs() -> list[Job]:
@@ -142,8 +184,12 @@ def other_jobs() -> list[Job]:
 
 
 def ablation_jobs(seeds: list[int]) -> list[Job]:
-    rows = {name: command for panel in ABLATIONS.values() for name, command in panel.values() if command}
-    lengths = {name: vgrpo.parse_args(command.split()[1:]).iterations for name, command in rows.items()}
+    rows = {
+        name: command for panel in ABLATIONS.values() for name, command in panel.values() if command
+    }
+    lengths = {
+        name: vgrpo.parse_args(command.split()[1:]).iterations for name, command in rows.items()
+    }
     jobs = [Job(name, command, s, lengths[name]) for s in seeds for name, command in rows.items()]
     commands = pave_configurations()
     names = dict.fromkeys(name for panel in PAVE_ABLATIONS.values() for name in panel.values())
@@ -151,17 +197,23 @@ def ablation_jobs(seeds: list[int]) -> list[Job]:
 
 
 def reduced_jobs() -> list[Job]:
-    return [Job(f"reduced-{name}", f"{command} --iterations 30", 0, 30) for name, (_, command, _) in METHODS.items()]
+    return [
+        Job(f"reduced-{name}", f"{command} --iterations 30", 0, 30)
+        for name, (_, command, _) in METHODS.items()
+    ]
 
 
 def attempt(job: Job) -> None:
     try:
         train(job.name, job.command, job.seed)
-    except subprocess.CalledProcessError as error:  # a run that diverges ends itself; the others go on
+    except (
+        subprocess.CalledProcessError
+    ) as error:  # a run that diverges ends itself; the others go on
         print(f"failed: {job.name} seed {job.seed}, exit code {error.returncode}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# --------------------------------------------------------------------------------------------------
+# ----------- results
 def load(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -176,7 +228,10 @@ def scores(run: list[dict]) -> dict[int, float]:
 
 
 def seconds_per_iteration(found: list[list[dict]]) -> float:
-    spent = [[sum(v for k, v in line.items() if k.startswith("time/")) for line in run[1:]] for run in found]
+    spent = [
+        [sum(v for k, v in line.items() if k.startswith("time/")) for line in run[1:]]
+        for run in found
+    ]
     return min(map(median, spent))
 
 
@@ -217,7 +272,9 @@ def best_lr(method: str) -> str | None:
 
 
 def shown(reduced: bool) -> Iterator[tuple[str, str, list[list[dict]], int]]:
-    """method, name of its results, runs (perhaps none), images an iteration; of each line in the figures."""
+    """method, name of its results, runs (perhaps none), images an iteration; of each line in the
+    figures.
+    """
     for method in METHODS:
         name = f"reduced-{method}" if reduced else run_name(method, best_lr(method) or PRESET)
         yield method, name, runs(name), 192
@@ -225,7 +282,8 @@ def shown(reduced: bool) -> Iterator[tuple[str, str, list[list[dict]], int]]:
         yield name, name, runs(name), 384 if name == "pave" else 192
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------
+# ----------- tables
 def grid_table() -> None:
     print("\nMean of the last two evaluations, seed 0\n")
     print(f"| method | lr {' | lr '.join(GRID)} |\n|---{'|---' * len(GRID)}|")
@@ -235,20 +293,29 @@ def grid_table() -> None:
         print(f"| {label} | {' | '.join(cells)} |")
 
 
-def costs(found: list[list[dict]], images: int, level: float) -> tuple[list[float], int, list[float]]:
-    """Iterations to the level of each seed (of one that never reaches it: all), how many reach it, and the means over
+def costs(
+    found: list[list[dict]], images: int, level: float
+) -> tuple[list[float], int, list[float]]:
+    """Iterations to the level of each seed (of one that never reaches it: all), how many reach it,
+    and the means over
     seeds of iterations, network evaluations and seconds."""
     at = [reached(scores(run), level) for run in found]
-    spent = [float(run[-1]["iteration"]) if i is None else i for run, i in zip(found, at, strict=True)]
+    spent = [
+        float(run[-1]["iteration"]) if i is None else i for run, i in zip(found, at, strict=True)
+    ]
     counts = [interpolate(evaluations(run, images), i) for run, i in zip(found, spent, strict=True)]
     means = [mean(spent), mean(counts), mean(spent) * seconds_per_iteration(found)]
     return spent, sum(i is not None for i in at), means
 
 
 def reach_table(level: float, reduced: bool) -> None:
-    """Iterations, evaluations and seconds to the level, means over the seeds (lowest to highest), and over V-GRPO's."""
+    """Iterations, evaluations and seconds to the level, means over the seeds (lowest to highest),
+    and over V-GRPO's.
+    """
     print(f"\nTo reach eval/shapes {level}\n")
-    print("| method | lr | end | seeds that reach it | iterations | evaluations | seconds | times V-GRPO's | paper |")
+    print(
+        "| method | lr | end | seeds that reach it | iterations | evaluations | seconds | times V-GRPO's | paper |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     base = None
     for method, name, found, images in shown(reduced):
@@ -262,19 +329,37 @@ def reach_table(level: float, reduced: bool) -> None:
         sign = "" if number == len(found) else "> "
         cells = [f"{sign}{value:,.0f}" for value in means]
         cells[0] += f" ({min(spent):.0f} to {max(spent):.0f})" * (number == len(found) > 1)
-        ratios = [f"{sign}{value / one:.1f}" for value, one in zip(means, base or means, strict=True)]
+        ratios = [
+            f"{sign}{value / one:.1f}" for value, one in zip(means, base or means, strict=True)
+        ]
         end = f"{mean(ends):.3f} ± {pstdev(ends):.3f}"
-        row = [label, lr, end, f"{number} of {len(found)}", *cells, " / ".join(ratios), PAPERS.get(method, "")]
+        row = [
+            label,
+            lr,
+            end,
+            f"{number} of {len(found)}",
+            *cells,
+            " / ".join(ratios),
+            PAPERS.get(method, ""),
+        ]
         print("| " + " | ".join(map(str, row)) + " |")
 
 
 def ablation_rows() -> list[tuple[str, str, list[float]]]:
     """panel, label, scores of all seeds: V-GRPO's at iteration AT, Pave-GRPO's at 20."""
     rows = [
-        (f"V-GRPO: {p}", label, AT, name) for p, panel in ABLATIONS.items() for label, (name, _) in panel.items()
-    ] + [(f"Pave-GRPO: {p}", label, 20, f"pave-{name}") for p, panel in PAVE_ABLATIONS.items()
-         for label, name in panel.items()]  # fmt: skip
-    return [(p, label, [scores(run)[at] for run in runs(name) if at in scores(run)]) for p, label, at, name in rows]
+        (f"V-GRPO: {p}", label, AT, name)
+        for p, panel in ABLATIONS.items()
+        for label, (name, _) in panel.items()
+    ] + [
+        (f"Pave-GRPO: {p}", label, 20, f"pave-{name}")
+        for p, panel in PAVE_ABLATIONS.items()
+        for label, name in panel.items()
+    ]
+    return [
+        (p, label, [scores(run)[at] for run in runs(name) if at in scores(run)])
+        for p, label, at, name in rows
+    ]
 
 
 def ablation_start(panel: str) -> float:
@@ -287,13 +372,19 @@ def ablation_table() -> None:
     print(f"\neval/shapes, V-GRPO's at iteration {AT}, Pave-GRPO's at 20\n")
     print("| what | | seeds | mean | lowest to highest |\n|---|---|---|---|---|")
     for panel, label, values in ablation_rows():
-        cells = f"{mean(values):.3f} | {min(values):.3f} to {max(values):.3f}" if values else "missing |"
+        cells = (
+            f"{mean(values):.3f} | {min(values):.3f} to {max(values):.3f}"
+            if values
+            else "missing |"
+        )
         print(f"| {panel} | {label} | {len(values)} | {cells} |")
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------
+# ----------- figures
 def draw_lines(axis, x_of: Callable, reduced: bool) -> list[tuple[float, float, str, str]]:
-    """Mean over seeds of each method, the band from lowest to highest. x_of(runs, images) -> x of iterations 0, 1, ...
+    """Mean over seeds of each method, the band from lowest to highest. x_of(runs, images) -> x of
+    iterations 0, 1, ...
     Returns the last x and y of each line, its name and its colour."""
     ends = []
     for method, _, found, images in shown(reduced):
@@ -305,8 +396,12 @@ def draw_lines(axis, x_of: Callable, reduced: bool) -> list[tuple[float, float, 
         x, means = x_of(found, images), [*map(mean, values)]
         x = [x[i] for i in iterations]
         width = 2.5 if method in ("vgrpo", "pave") else 1.2  # the two that this project is about
-        axis.plot(x, means, color=colour, marker=".", linewidth=width, label=f"{label} ({len(found)})")
-        axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.12, linewidth=0)
+        axis.plot(
+            x, means, color=colour, marker=".", linewidth=width, label=f"{label} ({len(found)})"
+        )
+        axis.fill_between(
+            x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.12, linewidth=0
+        )
         ends.append((x[-1], means[-1], label, colour))
     return ends
 
@@ -323,7 +418,9 @@ def draw_curves(level: float, reduced: bool, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     x = {
         "minutes, one CPU thread": minutes,
-        "network evaluations, thousands": lambda found, images: [n / 1000 for n in evaluations(found[0], images)],
+        "network evaluations, thousands": lambda found, images: [
+            n / 1000 for n in evaluations(found[0], images)
+        ],
         "iterations": lambda found, images: range(len(found[0])),
     }
     for axis, (label, x_of) in zip(axes, x.items(), strict=True):
@@ -337,7 +434,9 @@ def draw_curves(level: float, reduced: bool, path: Path) -> None:
 
 
 def draw_overview(path: Path) -> None:
-    """The README's first figure: reward against minutes, each line named at its end, beside images before and after."""
+    """The README's first figure: reward against minutes, each line named at its end, beside images
+    before and after.
+    """
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
@@ -345,9 +444,20 @@ def draw_overview(path: Path) -> None:
     right = max((x for x, _, _, _ in ends), default=1.0) + 0.5
     for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
         low = max(y, low + 0.032)  # a line of text
-        axis.annotate(label, (x, y), (right, low), color=colour, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4})  # fmt: skip
-    axis.set(xlim=(0, right), ylabel="reward on unseen prompts", xlabel="minutes of training on one CPU core")
+        axis.annotate(
+            label,
+            (x, y),
+            (right, low),
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4},
+        )
+    axis.set(
+        xlim=(0, right),
+        ylabel="reward on unseen prompts",
+        xlabel="minutes of training on one CPU core",
+    )
     axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
@@ -360,8 +470,12 @@ def draw_overview(path: Path) -> None:
     canvas.paste(curves, (0, 0))
     top = (canvas.height - 2 * 200) // 2
     for i, (title, picture) in enumerate((before, after)):
-        ImageDraw.Draw(canvas).text((curves.width + 16, top + i * 200), title, "black", font_size=16)
-        canvas.paste(picture.crop((0, 0, 4 * 136 + 4, 168)), (curves.width + 12, top + i * 200 + 24))
+        ImageDraw.Draw(canvas).text(
+            (curves.width + 16, top + i * 200), title, "black", font_size=16
+        )
+        canvas.paste(
+            picture.crop((0, 0, 4 * 136 + 4, 168)), (curves.width + 12, top + i * 200 + 24)
+        )
     canvas.save(path)
 
 
@@ -372,10 +486,19 @@ def draw_ablations(path: Path) -> None:
     rows = [row for row in ablation_rows() if row[2]]
     panels = list(dict.fromkeys(panel for panel, _, _ in rows))
     sizes = [sum(row[0] == panel for row in rows) + 1.5 for panel in panels]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 0.28 * sum(sizes) + 1), sharex=True, layout="constrained",
-                                height_ratios=sizes, squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(9, 0.28 * sum(sizes) + 1),
+        sharex=True,
+        layout="constrained",
+        height_ratios=sizes,
+        squeeze=False,
+    )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
-        labels, values = zip(*((label, found) for p, label, found in rows if p == panel), strict=True)
+        labels, values = zip(
+            *((label, found) for p, label, found in rows if p == panel), strict=True
+        )
         means = [*map(mean, values)]
         spread = [
             [m - min(v) for m, v in zip(means, values, strict=True)],
@@ -393,7 +516,9 @@ def draw_ablations(path: Path) -> None:
 
 
 def grid_rows(reduced: bool) -> list[tuple[str, Image.Image]]:
-    """Title and images: the first evaluation, then the last of each method's seed 0, where the run folder still is."""
+    """Title and images: the first evaluation, then the last of each method's seed 0, where the run
+    folder still is.
+    """
     rows: list[tuple[str, Image.Image]] = []
     for method, name, found, _ in shown(reduced):
         pictures = sorted((HERE.parent / f"runs/seeds-{name}-s0/samples").glob("iter_*.png"))
@@ -421,7 +546,8 @@ def draw_grids(reduced: bool, path: Path) -> None:
     canvas.save(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------------
+# -------------- main
 def report(levels: list[float], reduced: bool) -> None:
     missing = [name for _, name, found, _ in shown(reduced) if not found]
     for level in levels:
@@ -441,12 +567,14 @@ def report(levels: list[float], reduced: bool) -> None:
 
 def evaluations_an_iteration(script, flags: list[str]) -> float:
     args = script.parse_args(flags)
-    return args.prompts_per_iter * args.sizes()[0] * sum(args.sizes()[3:])
+    return evaluations_per_iteration(args)
 
 
 def estimated_seconds(job: Job) -> float:
-    """Of one run on a core of its own: iterations x measured seconds, + 4 s an evaluation, + 8 s to start. Measured:
-    the configuration's own runs, else --measure's of its method, else the script's preset's per network evaluation."""
+    """Of one run on a core of its own: iterations x measured seconds, + 4 s an evaluation, + 8 s to
+    start. Measured:
+    the configuration's own runs, else --measure's of its method, else the script's preset's per
+    network evaluation."""
     method = job.name.removeprefix("reduced-").split("-lr")[0]
     found = [
         *runs(job.name),
@@ -455,34 +583,60 @@ def estimated_seconds(job: Job) -> float:
     ]
     scale = 1.0
     if not found:  # an ablation
-        script, preset = (pave_grpo, "pave") if job.command.startswith("pave_grpo.py") else (vgrpo, "default")
+        script, preset = (
+            (pave_grpo, "pave") if job.command.startswith("pave_grpo.py") else (vgrpo, "default")
+        )
         found = [*runs(preset), *runs("measure-pave" if preset == "pave" else "measure-vgrpo")]
-        scale = evaluations_an_iteration(script, job.command.split()[1:]) / evaluations_an_iteration(script, [])
-    return job.iterations * scale * seconds_per_iteration(found) + 4 * (job.iterations // 10 + 1) + 8
+        scale = evaluations_an_iteration(
+            script, job.command.split()[1:]
+        ) / evaluations_an_iteration(script, [])
+    return (
+        job.iterations * scale * seconds_per_iteration(found) + 4 * (job.iterations // 10 + 1) + 8
+    )
 
 
 def print_estimate(jobs_at_a_time: int) -> None:
     """Sums over all runs of a set, and over those without results, divided by the number of cores."""
-    sets = {"reduced": reduced_jobs(), "full": grid_jobs() + best_jobs() + other_jobs() + ablation_jobs([0])}
+    sets = {
+        "reduced": reduced_jobs(),
+        "full": grid_jobs() + best_jobs() + other_jobs() + ablation_jobs([0]),
+    }
     for name, jobs in sets.items():
         unique = {(job.name, job.seed): estimated_seconds(job) for job in jobs}
-        todo = [s for (n, seed), s in unique.items() if not (HERE / f"results/{n}-s{seed}.jsonl").exists()]
+        todo = [
+            s
+            for (n, seed), s in unique.items()
+            if not (HERE / f"results/{n}-s{seed}.jsonl").exists()
+        ]
         parts = [(len(unique), sum(unique.values())), (len(todo), sum(todo))]
-        cells = [f"{n} runs, {s / 3600:.2f} CPU hours, {s / 60 / jobs_at_a_time:.0f} minutes" for n, s in parts]
+        cells = [
+            f"{n} runs, {s / 3600:.2f} CPU hours, {s / 60 / jobs_at_a_time:.0f} minutes"
+            for n, s in parts
+        ]
         print(f"--{name} on {jobs_at_a_time} idle cores: {cells[0]}; still to do: {cells[1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--reduced", action="store_true", help="run, or with --draw only show, the reduced set")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="draw only these run folders, into --out"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="figure of the folders")
+    parser.add_argument(
+        "--reduced", action="store_true", help="run, or with --draw only show, the reduced set"
+    )
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--ablation_seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rewards", type=float, nargs="+", default=[0.70, 0.80], help="the rewards to reach")
+    parser.add_argument(
+        "--rewards", type=float, nargs="+", default=[0.70, 0.80], help="the rewards to reach"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
+    if options.runs:
+        return own_runs.draw(options.runs, options.out)
     (HERE / "results").mkdir(exist_ok=True)
     if options.measure:
         for name in [*METHODS, "pave"]:

@@ -1,9 +1,12 @@
-"""What training changed, per timestep and per sign of the advantage: prints one table per run folder.
+"""What training changed, per timestep and per sign of the advantage: prints one table per run
+folder.
 
     python benchmarks/drift.py runs/seeds-default-s0 runs/seeds-no_ref_kl-s0
 
-Images come from the initial model, so every run is measured on the same ones. drift is mean (v - v_initial)^2; "good"
-and "bad" are the changes of the surrogate L, which is minus the log-likelihood, for images of positive and negative
+Images come from the initial model, so every run is measured on the same ones. drift is mean (v -
+v_initial)^2; "good"
+and "bad" are the changes of the surrogate L, which is minus the log-likelihood, for images of
+positive and negative
 advantage: training should lower the one and raise the other. Runs of --full only.
 """
 
@@ -31,19 +34,26 @@ def main() -> None:
     lines = [line for line in lines for _ in range(options.group_size)]
     sigmas = vgrpo.sigma_grid(args.steps, args.shift)
     initial, trained = model.velocity_fn(lines, initial=True), model.velocity_fn(lines)
-    x_0 = args.sample(initial, model.noise([("drift", i) for i in range(len(lines))]), sigmas)
+    noise = model.noise([("drift", i) for i in range(len(lines))])
+    x_0 = vgrpo.ode_sample(initial, noise, sigmas, args.solver)
     reward_fns, weights = vgrpo.load_rewards(args.reward)
     rewards = vgrpo.compute_rewards(reward_fns, model.decode(x_0), lines)
     adv, _ = vgrpo.group_advantages(rewards, options.group_size, weights)
     for run in options.runs:
-        model.transformer.load_state_dict(model.transformer.from_pretrained(run / "transformer").state_dict())
+        model.transformer.load_state_dict(
+            model.transformer.from_pretrained(run / "transformer").state_dict()
+        )
         print(f"\n{run.name}\n\n| t | drift | good | bad |\n|---|---|---|---|")
         for i, t in enumerate(sigmas[:-1].tolist()):
             noise = model.noise([("drift noise", i, j) for j in range(len(lines))])[:, None]
             times = torch.full((len(lines), 1), t)
-            (L_old, x0_old), (L_new, x0_new) = (vgrpo.surrogate(f, x_0, times, noise) for f in (initial, trained))
+            (L_old, x0_old), (L_new, x0_new) = (
+                vgrpo.surrogate(f, x_0, times, noise) for f in (initial, trained)
+            )
             drift, change = ((x0_new - x0_old) / t).square().mean(), (L_new - L_old) / L_old
-            print(f"| {t:.2f} | {drift:.4f} | {change[adv > 0].mean():+.1%} | {change[adv < 0].mean():+.1%} |")
+            print(
+                f"| {t:.2f} | {drift:.4f} | {change[adv > 0].mean():+.1%} | {change[adv < 0].mean():+.1%} |"
+            )
 
 
 if __name__ == "__main__":

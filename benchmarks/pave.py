@@ -1,11 +1,16 @@
-"""Pave-GRPO's choices on the bundled model: rollout, stochastic step, splits, target, at T = 4 and 10 steps.
+"""Pave-GRPO's choices on the bundled model: rollout, stochastic step, splits, target, at T = 4 and
+10 steps.
 
-    python benchmarks/pave.py                      # every configuration, seed 0; finished runs are kept
+    python benchmarks/pave.py                      # every configuration, seed 0; finished runs are
+    kept
     python benchmarks/pave.py --only "T10-sde-*" --seeds 0 1 2
-    python benchmarks/pave.py --table              # only prints the table of what benchmarks/results holds
+    python benchmarks/pave.py --table              # only prints the table of what
+    benchmarks/results holds
 
-Every run: 20 iterations of 192 images in groups of 12 (branch: fewer prompts, more groups a prompt), evaluated at 20
-steps, lr 2e-4, all weights. --jobs runs at a time, one thread each. Raw metrics: results/pave-NAME-sSEED.jsonl.
+Every run: 20 iterations of 192 images in groups of 12 (branch: fewer prompts, more groups a
+prompt), evaluated at 20
+steps, lr 2e-4, all weights. --jobs runs at a time, one thread each. Raw metrics:
+results/pave-NAME-sSEED.jsonl.
 """
 
 import argparse
@@ -18,6 +23,8 @@ import torch
 from seeds import HERE, evaluations, train
 
 sys.path.insert(0, str(HERE.parent))
+from planned import evaluations_per_iteration
+
 from pave_grpo import parse_args
 
 ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --kl_beta 0"
@@ -31,9 +38,15 @@ def configurations() -> dict[str, str]:
         for rollout in ("sde", "branch"):
             prompts = 16 if rollout == "sde" else 16 // len(steps.split())
             for step in ("flow", "cps"):
-                for splits in ("", "2", "2 3", "2 3 4") if (T, rollout) == (10, "branch") else ("", "2", "2 3"):
+                for splits in (
+                    ("", "2", "2 3", "2 3 4")
+                    if (T, rollout) == (10, "branch")
+                    else ("", "2", "2 3")
+                ):
                     for target in ("stored", "coupled") if splits in ("2", "2 3") else ("stored",):
-                        name = f"T{T}-{rollout}-{step}-S{splits.replace(' ', '.')}" + "-coupled" * (target == "coupled")
+                        name = f"T{T}-{rollout}-{step}-S{splits.replace(' ', '.')}" + "-coupled" * (
+                            target == "coupled"
+                        )
                         found[name] = (
                             f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --sde {step} "
                             f"--splits {splits} --target {target} --prompts_per_iter {prompts}"
@@ -42,28 +55,38 @@ def configurations() -> dict[str, str]:
 
 
 def table() -> None:
-    """Rewards per configuration, mean over the seeds that are there (lowest, highest), at equal iterations, and at the
-    network evaluations that Flow-GRPO (no splits) of the same T, rollout and step takes for 20: between two evaluations
+    """Rewards per configuration, mean over the seeds that are there (lowest, highest), at equal
+    iterations, and at the
+    network evaluations that Flow-GRPO (no splits) of the same T, rollout and step takes for 20:
+    between two evaluations
     the line through them."""
-    print("| configuration | seeds | before | after 10 | after 20 | evaluations | at Flow-GRPO's evaluations |")
+    print(
+        "| configuration | seeds | before | after 10 | after 20 | evaluations | at Flow-GRPO's evaluations |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in configurations():
         runs = sorted((HERE / "results").glob(f"pave-{name}-s*.jsonl"))
         if not runs:
             continue
-        before, ten, twenty = (torch.tensor(values) for values in zip(*map(evaluations, runs), strict=True))
+        before, ten, twenty = (
+            torch.tensor(values) for values in zip(*map(evaluations, runs), strict=True)
+        )
         total, flow_grpo = (cost(found) for found in (name, re.sub(r"-S.*", "-S", name)))
         reach = 2 * flow_grpo / total  # in tens of iterations, from 1 on
-        equal = ten + (twenty - ten) * (reach - 1) if reach >= 1 else before + (ten - before) * reach
+        equal = (
+            ten + (twenty - ten) * (reach - 1) if reach >= 1 else before + (ten - before) * reach
+        )
         spread = f"{twenty.mean():.3f} ({twenty.min():.2f}, {twenty.max():.2f})"
-        print(f"| {name} | {len(runs)} | {before.mean():.3f} | {ten.mean():.3f} | {spread} | {total:,.0f} | "
-              f"{equal.mean():.3f} |")  # fmt: skip
+        print(
+            f"| {name} | {len(runs)} | {before.mean():.3f} | {ten.mean():.3f} | {spread} | {total:,.0f} | "
+            f"{equal.mean():.3f} |"
+        )
 
 
 def cost(name: str) -> float:
     """Network evaluations of a run."""
     args = parse_args(configurations()[name].split()[1:])
-    return args.iterations * args.prompts_per_iter * args.sizes()[0] * sum(args.sizes()[3:])
+    return args.iterations * evaluations_per_iteration(args)
 
 
 def main() -> None:

@@ -1,10 +1,14 @@
-"""Runs both scripts on the bundled model over seeds and configurations and prints the README's table.
+"""Runs both scripts on the bundled model over seeds and configurations and prints the README's
+table.
 
-    python benchmarks/seeds.py                         # all configurations and seeds; finished runs are kept
+    python benchmarks/seeds.py                         # all configurations and seeds; finished runs
+    are kept
     python benchmarks/seeds.py --only default --seeds 0 1
-    python benchmarks/seeds.py --table                 # only prints the table of what benchmarks/results holds
+    python benchmarks/seeds.py --table                 # only prints the table of what
+    benchmarks/results holds
 
---jobs runs at a time, one thread each. Raw metrics go to benchmarks/results/CONFIGURATION-sSEED.jsonl.
+--jobs runs at a time, one thread each. Raw metrics go to
+benchmarks/results/CONFIGURATION-sSEED.jsonl.
 """
 
 import argparse
@@ -28,7 +32,10 @@ SEEDS = {"naive_elbo": 3, "pave": 3}  # the others: 5
 
 def train(name: str, command: str, seed: int) -> None:
     """One run of a script with its flags; nothing if its results are there."""
-    result, folder = HERE / f"results/{name}-s{seed}.jsonl", HERE.parent / f"runs/seeds-{name}-s{seed}"
+    result, folder = (
+        HERE / f"results/{name}-s{seed}.jsonl",
+        HERE.parent / f"runs/seeds-{name}-s{seed}",
+    )
     if result.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -62,13 +69,19 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo and pave 0-2")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="default: 0-4, naive_elbo and pave 0-2"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if not args.table:
         (HERE / "results").mkdir(exist_ok=True)
-        jobs = [(name, CONFIGURATIONS[name], s) for name in args.only for s in args.seeds or range(SEEDS.get(name, 5))]
+        jobs = [
+            (name, CONFIGURATIONS[name], s)
+            for name in args.only
+            for s in args.seeds or range(SEEDS.get(name, 5))
+        ]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train(*job), jobs))
     table()

@@ -1,22 +1,34 @@
-"""Speed and memory of both scripts at the real sizes of SD3.5-Medium and FLUX.1-dev, with random weights.
+"""Speed and memory of both scripts at the real sizes of SD3.5-Medium and FLUX.1-dev, with random
+weights.
 
-    python benchmarks/throughput.py                       # CUDA: the sweep below; what the results hold is skipped
+    python benchmarks/throughput.py                       # CUDA: the sweep below; what the results
+    hold is skipped
     python benchmarks/throughput.py --only "sd3-vgrpo-512-*" --quick --minutes 20
     python benchmarks/throughput.py --table               # only prints the tables of the results
-    python benchmarks/throughput.py --project             # one paper-size iteration on 1 and 8 GPUs, from the results
-    python benchmarks/throughput.py --estimate            # FLOPs, parameters and memory on the meta device, no GPU
-    python benchmarks/throughput.py --check               # the FLOP rule and the evaluation counts, on tiny models
-    python benchmarks/throughput.py --shrink --quick      # every line of the sweep on tiny models: a self-test
+    python benchmarks/throughput.py --project             # one paper-size iteration on 1 and 8
+    GPUs, from the results
+    python benchmarks/throughput.py --estimate            # FLOPs, parameters and memory on the meta
+    device, no GPU
+    python benchmarks/throughput.py --check               # the FLOP rule and the evaluation counts,
+    on tiny models
+    python benchmarks/throughput.py --shrink --quick      # every line of the sweep on tiny models:
+    a self-test
 
-Phases are functions of vgrpo.py and pave_grpo.py under their presets, on models of real_sizes.py. A configuration,
-MODEL-SCRIPT-PX-bMICRO_BATCH[-checkpointing][-compile], is one JSON line in results/throughput-DEVICE.jsonl; seconds are
+Phases are functions of vgrpo.py and pave_grpo.py under their presets, on models of real_sizes.py. A
+configuration,
+MODEL-SCRIPT-PX-bMICRO_BATCH[-checkpointing][-compile], is one JSON line in
+results/throughput-DEVICE.jsonl; seconds are
 medians after one call to warm up.
-  sample, update  one micro-batch with all steps, and all pairs or trained steps, of the preset; --quick: 4 steps and 2
-  s/image         seconds / images x (network evaluations an image of the preset, by its `sizes`, / those of what was
+  sample, update  one micro-batch with all steps, and all pairs or trained steps, of the preset;
+  --quick: 4 steps and 2
+  s/image         seconds / images x (network evaluations an image of the preset, by its `sizes`, /
+  those of what was
                   run): Pave-GRPO is run with groups of one micro-batch, --quick with fewer steps
-  TFLOP/s         useful FLOPs (real_sizes.flops) / seconds; what checkpointing computes again is not useful
+  TFLOP/s         useful FLOPs (real_sizes.flops) / seconds; what checkpointing computes again is
+  not useful
   share           of the best bf16 matrix product, measured in the same process
-Not in the numbers: rewards, loading, the all-reduce of several GPUs. Without CUDA only the bundled model is run."""
+Not in the numbers: rewards, loading, the all-reduce of several GPUs. Without CUDA only the bundled
+model is run."""
 
 import argparse
 import fnmatch
@@ -35,15 +47,30 @@ import real_sizes as real
 import torch
 import transformers
 from einops import repeat
-from real_sizes import CASES, ENCODERS, GIB, NETS, PROMPT, RESOLUTIONS, ROOT, SCRIPTS, pave_grpo, vgrpo
+from planned import planned
+from real_sizes import (
+    CASES,
+    ENCODERS,
+    GIB,
+    NETS,
+    PROMPT,
+    RESOLUTIONS,
+    ROOT,
+    SCRIPTS,
+    pave_grpo,
+    vgrpo,
+)
 
 CUDA = torch.cuda.is_available()
 VERSIONS = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
 
 
-# --------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------------------
+# ------- measuring
 def count_evaluations(model) -> Counter:
-    """Latents that go through the network from now on, "forward" alone or with a graph for "backward"."""
+    """Latents that go through the network from now on, "forward" alone or with a graph for
+    "backward".
+    """
     counts, velocity = Counter(), model.velocity
 
     def counted(x_t, t, cond, initial=False):
@@ -61,7 +88,9 @@ def clock() -> float:
 
 
 def timed(function, repeats: int) -> tuple[float, float | None, object]:
-    """Median seconds of a call after one to warm up, peak GiB allocated (None without CUDA), and the last result."""
+    """Median seconds of a call after one to warm up, peak GiB allocated (None without CUDA), and
+    the last result.
+    """
     function()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -70,13 +99,19 @@ def timed(function, repeats: int) -> tuple[float, float | None, object]:
         start = clock()
         result = function()
         seconds.append(clock() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() / GIB if CUDA else None, result
+    return (
+        statistics.median(seconds),
+        torch.cuda.max_memory_allocated() / GIB if CUDA else None,
+        result,
+    )
 
 
 def matmul_peak(device: torch.device, dtype=torch.bfloat16) -> float:
     """TFLOP/s of the best of three sizes of a matrix product."""
     best = 0.0
-    for side, products in ((4096, 50), (8192, 20), (16384, 5)) if CUDA else ((256, 20), (512, 10), (1024, 5)):
+    for side, products in (
+        ((4096, 50), (8192, 20), (16384, 5)) if CUDA else ((256, 20), (512, 10), (1024, 5))
+    ):
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
         def run(a=a, b=b, n=products):
@@ -90,7 +125,9 @@ def matmul_peak(device: torch.device, dtype=torch.bfloat16) -> float:
 def configure(c: dict, quick: bool, small: bool):
     """The preset of a configuration, and what is run of it."""
     script, B = SCRIPTS[c["script"]], c["micro_batch"]
-    preset = script.Config(**script.PRESETS[c["model"]] | c["flags"] | {"model": c["model"], "micro_batch": B})
+    preset = script.Config(
+        **script.PRESETS[c["model"]] | c["flags"] | {"model": c["model"], "micro_batch": B}
+    )
     changes = {"steps": 4} if quick else {}
     if script is pave_grpo:
         changes |= {"group_size": max(2, B)} | ({"sde_steps": [0, 2]} if quick else {})
@@ -101,38 +138,70 @@ def configure(c: dict, quick: bool, small: bool):
 
 def methods(script, model, args, draw):
     """The two phases of an iteration as main runs them, on one micro-batch.
-    Returns (images, function) to sample and to update; the first gives latents, the second takes them."""
+    Returns (images, function) to sample and to update; the first gives latents, the second takes
+    them."""
     B, shape, device, norms = args.micro_batch, model.latent_shape, model.device, []
     lines, sigmas = [{"prompt": PROMPT}] * B, script.sigma_grid(args.steps, args.shift).to(device)
-    optimizer = torch.optim.AdamW(model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay
+    )
     step = lambda: script.optimizer_step(optimizer, args, norms)  # noqa: E731
     noise = lambda n: torch.randn(n, *shape, generator=draw).to(device)  # noqa: E731
     if script is vgrpo:
-        pairs = vgrpo.draw_pairs(sigmas, args.num_pairs, B, 1, shape, draw, args.stratified, args.group_shared_pairs)
+        pairs = vgrpo.draw_pairs(
+            sigmas, args.num_pairs, B, 1, shape, draw, args.stratified, args.group_shared_pairs
+        )
         t, eps = (x.to(device) for x in pairs)
         adv, x = torch.randn(B, generator=draw).to(device), noise(B)
-        sample = torch.no_grad()(lambda: args.sample(model.velocity_fn(lines), x, sigmas))
-        return (B, sample), (B, lambda x_0: vgrpo.update(model, lines, (x_0, t, eps, adv), [[slice(0, B)]], args, step))
-    K, M, n = len(args.sde_steps), args.group_size, args.sizes()[2]  # n: latents of an update's micro-batch
-    x, steps, adv = noise(1), noise(K * M).unflatten(0, (1, K, M)), torch.randn(n, K, M, generator=draw).to(device)
+
+        @torch.no_grad()
+        def sample():
+            return vgrpo.ode_sample(model.velocity_fn(lines), x, sigmas, args.solver)
+
+        def update_pairs(x_0):
+            batch = vgrpo.Batch(lines, x_0, t, eps, adv)
+            return vgrpo.update(model, batch, replace(args, group_size=B), step)
+
+        return (B, sample), (B, update_pairs)
+    K, M, n = (
+        len(args.sde_steps),
+        args.group_size,
+        planned(args).latents,
+    )  # n: of an update's micro-batch
+    x, steps, adv = (
+        noise(1),
+        noise(K * M).unflatten(0, (1, K, M)),
+        torch.randn(n, K, M, generator=draw).to(device),
+    )
     inputs = x, sigmas, args.sde_steps, steps, args.eta, args.sde, B
-    rollout = torch.no_grad()(lambda: pave_grpo.branch_rollout(model.velocity_fn(lines[:1]), *inputs))
+    rollout = torch.no_grad()(
+        lambda: pave_grpo.branch_rollout(model.velocity_fn(lines[:1]), *inputs)
+    )
 
     def update(paths):
-        data = *(repeat(x, "1 ... -> n ...", n=n) for x in paths[1:]), adv, sigmas
-        return pave_grpo.update(model, [{"prompt": PROMPT}] * n, data, [[slice(0, n)]], args, step)
+        x_t, x_s = (repeat(x, "1 ... -> n ...", n=n) for x in paths[1:])
+        batch = pave_grpo.Batch([{"prompt": PROMPT}] * n, paths[0], x_t, x_s, adv)
+        return pave_grpo.update(model, batch, args, step)
 
     return (K * M, rollout), (n * K * M, update)
 
 
 def measure(model, script, preset, args, repeats: int, record: dict, peak: float) -> None:
-    """Times the phases of `args` and fills `record`, phase by phase, so that an error keeps what came before it."""
-    counts, draw, cond = count_evaluations(model), vgrpo.generator_for("throughput"), model.encode([PROMPT])
+    """Times the phases of `args` and fills `record`, phase by phase, so that an error keeps what
+    came before it.
+    """
+    counts, draw, cond = (
+        count_evaluations(model),
+        vgrpo.generator_for("throughput"),
+        model.encode([PROMPT]),
+    )
     kind = "flux" if model.is_flux else "sd3"
     config = model.transformer.config
     forward, backward = real.flops(kind, config, args.resolution, cond[0].shape[1], args.lora_rank)
     record["gib"] = {"transformer": gib(model.transformer), "vae": gib(model.vae)}
-    for batch in sorted({1, args.micro_batch}):  # one evaluation: what the host takes to queue it, and all of it
+    for batch in sorted(
+        {1, args.micro_batch}
+    ):  # one evaluation: what the host takes to queue it, and all of it
         x, host = torch.randn(batch, *model.latent_shape, generator=draw).to(model.device), []
 
         @torch.no_grad()
@@ -148,7 +217,12 @@ def measure(model, script, preset, args, repeats: int, record: dict, peak: float
         record["phase"] = name
         counts.clear()
         seconds, memory, result = timed(function, repeats)
-        found = {"images": images, "s": seconds, "s_per_image": seconds / images * preset_nfe / nfe, "peak_gib": memory}
+        found = {
+            "images": images,
+            "s": seconds,
+            "s_per_image": seconds / images * preset_nfe / nfe,
+            "peak_gib": memory,
+        }
         if counts:
             evaluations = {kind: n // (repeats + 1) for kind, n in counts.items()}
             useful = forward * sum(evaluations.values()) + backward * evaluations.get("backward", 0)
@@ -158,27 +232,48 @@ def measure(model, script, preset, args, repeats: int, record: dict, peak: float
         return result
 
     (images, sample), (update_images, update) = methods(script, model, args, draw)
-    result = phase("sample", images, sample, preset.sizes()[3], args.sizes()[3])
-    latents = (result if script is vgrpo else result[0].view(-1, *model.latent_shape))[: args.micro_batch]
+    result = phase("sample", images, sample, planned(preset).sampling, planned(args).sampling)
+    latents = (result if script is vgrpo else result[0].view(-1, *model.latent_shape))[
+        : args.micro_batch
+    ]
     phase("decode", len(latents), lambda: [model.decode(latents)].clear(), 1, 1)
-    phase("update", update_images, lambda: update(result), preset.sizes()[4], args.sizes()[4])
+    phase(
+        "update",
+        update_images,
+        lambda: update(result),
+        planned(preset).updating,
+        planned(args).updating,
+    )
     del record["phase"]
 
 
 def measure_encoders(kind: str, small: bool, device: torch.device, record: dict) -> None:
-    """Weights, peak while one prompt is encoded, and the way to the host and back, of each text encoder."""
+    """Weights, peak while one prompt is encoded, and the way to the host and back, of each text
+    encoder.
+    """
     for name in ENCODERS[kind]:
-        encoder, (tokens, record["phase"]) = real.build_encoder(name, kind, device, small), (77, name)
+        encoder, (tokens, record["phase"]) = (
+            real.build_encoder(name, kind, device, small),
+            (77, name),
+        )
         if name == "T5-XXL":
-            tokens = vgrpo.PRESETS[kind].get("max_sequence_length", vgrpo.Config.max_sequence_length)
+            tokens = vgrpo.PRESETS[kind].get(
+                "max_sequence_length", vgrpo.Config.max_sequence_length
+            )
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         with torch.no_grad():
-            seconds, memory, _ = timed(lambda ids=ids, e=encoder: e(ids, output_hidden_states=True)[0], 3)
+            seconds, memory, _ = timed(
+                lambda ids=ids, e=encoder: e(ids, output_hidden_states=True)[0], 3
+            )
         moved = [clock(), encoder.to("cpu") and clock(), encoder.to(device) and clock()]
         record[name] = {
-            "parameters": real.numbers(encoder), "gib": gib(encoder), "peak_gib": memory, "s_per_prompt": seconds,
-            "to_cpu_s": moved[1] - moved[0], "to_device_s": moved[2] - moved[1],
-        }  # fmt: skip
+            "parameters": real.numbers(encoder),
+            "gib": gib(encoder),
+            "peak_gib": memory,
+            "s_per_prompt": seconds,
+            "to_cpu_s": moved[1] - moved[0],
+            "to_device_s": moved[2] - moved[1],
+        }
         del encoder
         free()
     del record["phase"]
@@ -188,14 +283,28 @@ def gib(module: torch.nn.Module) -> float:
     return sum({id(x): x.nbytes for x in (*module.parameters(), *module.buffers())}.values()) / GIB
 
 
-# ------------------------------------------------------------------------------------------------------------- sweep
+# --------------------------------------------------------------------------------------------------
+# ----------- sweep
 def configurations() -> dict[str, dict]:
-    """name -> configuration; the presets' own first, then the sweep of micro-batches, checkpointing and compile."""
+    """name -> configuration; the presets' own first, then the sweep of micro-batches, checkpointing
+    and compile.
+    """
     found = {}
-    sweep = [(B, checkpointing, False) for checkpointing in (False, True) for B in (4, 1, 2, 8, 16, 32)]
-    for B, checkpointing, compiled in [*sweep, (4, False, True), (16, False, True), (4, True, True)]:
+    sweep = [
+        (B, checkpointing, False) for checkpointing in (False, True) for B in (4, 1, 2, 8, 16, 32)
+    ]
+    for B, checkpointing, compiled in [
+        *sweep,
+        (4, False, True),
+        (16, False, True),
+        (4, True, True),
+    ]:
         for kind, script, px in CASES:
-            name = f"{kind}-{script}-{px}-b{B}" + "-checkpointing" * checkpointing + "-compile" * compiled
+            name = (
+                f"{kind}-{script}-{px}-b{B}"
+                + "-checkpointing" * checkpointing
+                + "-compile" * compiled
+            )
             flags = {"resolution": px, "grad_checkpointing": checkpointing, "compile": compiled}
             found[name] = {"model": kind, "script": script, "micro_batch": B, "flags": flags}
     return found
@@ -210,10 +319,14 @@ def free() -> None:
 
 
 def attempt(function, record: dict, c) -> None:
-    """Runs function(record, c); memory that runs out, and any other error, is recorded and the sweep goes on."""
+    """Runs function(record, c); memory that runs out, and any other error, is recorded and the
+    sweep goes on.
+    """
     try:
         function(record, c)
-    except Exception as error:  # a sweep on a lent GPU must not end with its first surprise; main exits with 1
+    except (
+        Exception
+    ) as error:  # a sweep on a lent GPU must not end with its first surprise; main exits with 1
         text = f"{type(error).__name__}: {error}"
         record["oom" if "out of memory" in text or "ALLOC_FAILED" in text else "error"] = text[:300]
         if "error" in record:
@@ -221,9 +334,20 @@ def attempt(function, record: dict, c) -> None:
 
 
 def sweep(options, device: torch.device, path: Path) -> bool:
-    """Appends a record for every configuration that matches --only and is not there yet. True if all went well."""
-    records, end, good, peak = load(path), time.time() + 60 * options.minutes, True, matmul_peak(device)
-    base = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "small": options.shrink, "quick": options.quick}
+    """Appends a record for every configuration that matches --only and is not there yet. True if
+    all went well.
+    """
+    records, end, good, peak = (
+        load(path),
+        time.time() + 60 * options.minutes,
+        True,
+        matmul_peak(device),
+    )
+    base = {
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
+        "small": options.shrink,
+        "quick": options.quick,
+    }
     base |= {"repeats": options.repeats, "versions": VERSIONS, "matmul_tflops": peak}
     print(f"{base['device']}: {peak:.2f} TFLOP/s in the best bf16 matrix product")
 
@@ -235,8 +359,14 @@ def sweep(options, device: torch.device, path: Path) -> bool:
         model = real.build_model(script, args, device, options.shrink)
         measure(model, script, preset, args, options.repeats, record, peak)
 
-    for name, c in (dict.fromkeys(f"{kind}-encoders" for kind in RESOLUTIONS) | configurations()).items():
-        done = name in records and "error" not in records[name] and records[name]["quick"] <= options.quick
+    for name, c in (
+        dict.fromkeys(f"{kind}-encoders" for kind in RESOLUTIONS) | configurations()
+    ).items():
+        done = (
+            name in records
+            and "error" not in records[name]
+            and records[name]["quick"] <= options.quick
+        )
         if done or not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
             continue
         if time.time() > end:
@@ -251,27 +381,42 @@ def sweep(options, device: torch.device, path: Path) -> bool:
 
 
 def bundled(options, device: torch.device, path: Path) -> None:
-    """The bundled model, LoRA, fp32, through the same functions: what a machine without CUDA can measure."""
+    """The bundled model, LoRA, fp32, through the same functions: what a machine without CUDA can
+    measure.
+    """
     peak = matmul_peak(device, torch.float32)
     for name, script in SCRIPTS.items():
         preset = script.Config(**script.PRESETS["tiny"] | {"full": False})
         args = replace(preset, group_size=preset.micro_batch) if script is pave_grpo else preset
         model = script.load_model(args, device)
         model.encode([PROMPT])
-        record = {"name": f"tiny-{name}", "device": "cpu", "threads": torch.get_num_threads(), "matmul_tflops": peak}
+        record = {
+            "name": f"tiny-{name}",
+            "device": "cpu",
+            "threads": torch.get_num_threads(),
+            "matmul_tflops": peak,
+        }
         record |= {"repeats": options.repeats, "versions": VERSIONS, "settings": settings(args)}
         measure(model, script, preset, args, options.repeats, record, peak)
         one, many = (1000 * record[f"evaluation_b{B}"]["s"] / B for B in (1, args.micro_batch))
         record |= {"overhead_ms": one - many}
         append(path, record)
-        print(f"  a network evaluation of one image alone {one:.1f} ms, in a batch of {args.micro_batch} {many:.2f} ms "
-              f"an image: about {one - many:.1f} ms of overhead a call")  # fmt: skip
-    print("Not measured, for want of a CUDA device: every speed and memory figure of sd3 and flux, their share of a "
-          "GPU's peak, --compile and --grad_checkpointing at real size. What follows are estimates.\n")  # fmt: skip
+        print(
+            f"  a network evaluation of one image alone {one:.1f} ms, in a batch of {args.micro_batch} {many:.2f} ms "
+            f"an image: about {one - many:.1f} ms of overhead a call"
+        )
+    print(
+        "Not measured, for want of a CUDA device: every speed and memory figure of sd3 and flux, their share of a "
+        "GPU's peak, --compile and --grad_checkpointing at real size. What follows are estimates.\n"
+    )
 
 
 def settings(args) -> dict:
-    return {k: v for k, v in asdict(args).items() if k not in ("prompts", "eval_prompts", "run_dir", "resume")}  # paths
+    return {
+        k: v
+        for k, v in asdict(args).items()
+        if k not in ("prompts", "eval_prompts", "run_dir", "resume")
+    }  # paths
 
 
 def append(path: Path, record: dict) -> None:
@@ -281,24 +426,42 @@ def append(path: Path, record: dict) -> None:
 
 
 def load(path: Path) -> dict[str, dict]:
-    return {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    return (
+        {r["name"]: r for r in map(json.loads, path.read_text().splitlines())}
+        if path.exists()
+        else {}
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ reports
+# --------------------------------------------------------------------------------------------------
+# ---------- reports
 def table(records: dict[str, dict]) -> None:
     """The README's tables: each preset as it is, measured or not, then whatever else was measured."""
-    print("| configuration | sample s/image | TFLOP/s | share | update s/image | TFLOP/s | share | decode s/image "
-          "| peak GiB: sample | decode | update |\n|" + "---|" * 11)  # fmt: skip
-    columns = [(phase, key) for phase in ("sample", "update") for key in ("s_per_image", "tflops", "share")]
-    columns += [("decode", "s_per_image"), *((phase, "peak_gib") for phase in ("sample", "decode", "update"))]
+    print(
+        "| configuration | sample s/image | TFLOP/s | share | update s/image | TFLOP/s | share | decode s/image "
+        "| peak GiB: sample | decode | update |\n|" + "---|" * 11
+    )
+    columns = [
+        (phase, key) for phase in ("sample", "update") for key in ("s_per_image", "tflops", "share")
+    ]
+    columns += [
+        ("decode", "s_per_image"),
+        *((phase, "peak_gib") for phase in ("sample", "decode", "update")),
+    ]
     formats = {"s_per_image": "{:.3g}", "tflops": "{:.3g}", "share": "{:.0%}", "peak_gib": "{:.1f}"}
     for name, r in ({key: {} for key in presets()} | records).items():
         if "encoders" not in name:
             failed = "oom" if "oom" in r else "error" if "error" in r else "not measured"
             absent = {phase: "not measured" if phase in r else failed for phase, _ in columns}
-            cells = [absent[a] if (x := r.get(a, {}).get(b)) is None else formats[b].format(x) for a, b in columns]
+            cells = [
+                absent[a] if (x := r.get(a, {}).get(b)) is None else formats[b].format(x)
+                for a, b in columns
+            ]
             print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n| text encoders | weights GiB | peak GiB | s/prompt | to the host s | back s |\n|" + "---|" * 6)
+    print(
+        "\n| text encoders | weights GiB | peak GiB | s/prompt | to the host s | back s |\n|"
+        + "---|" * 6
+    )
     for kind in RESOLUTIONS:
         for encoder in ENCODERS[kind]:
             r = records.get(f"{kind}-encoders", {}).get(encoder, {})
@@ -312,16 +475,32 @@ def presets() -> list[str]:
     names = []
     for kind, script, px in CASES:
         args = SCRIPTS[script].Config(**SCRIPTS[script].PRESETS[kind])
-        names.append(f"{kind}-{script}-{px}-b{args.micro_batch}" + "-checkpointing" * args.grad_checkpointing)
+        names.append(
+            f"{kind}-{script}-{px}-b{args.micro_batch}" + "-checkpointing" * args.grad_checkpointing
+        )
     return names
 
 
 def project(records: dict[str, dict]) -> None:
-    """One iteration of V-GRPO's SD3.5-Medium recipe, 48 prompts x 24 images, 40 steps, N = 4, from measured parts."""
+    """One iteration of V-GRPO's SD3.5-Medium recipe, 48 prompts x 24 images, 40 steps, N = 4, from
+    measured parts.
+    """
     args = vgrpo.Config(**vgrpo.PRESETS["sd3"] | {"model": "sd3"})
-    assert (args.prompts_per_iter, args.group_size, args.steps, args.num_pairs) == (48, 24, 40, 4), "the paper's recipe"
-    done = [r for name, r in records.items() if name.startswith("sd3-vgrpo-512-") and "update" in r and not r["small"]]
-    cost = lambda r: {phase: r[phase]["s_per_image"] for phase in ("sample", "decode", "update")}  # noqa: E731
+    assert (args.prompts_per_iter, args.group_size, args.steps, args.num_pairs) == (
+        48,
+        24,
+        40,
+        4,
+    ), "the paper's recipe"
+    done = [
+        r
+        for name, r in records.items()
+        if name.startswith("sd3-vgrpo-512-") and "update" in r and not r["small"]
+    ]
+
+    def cost(r):
+        return {phase: r[phase]["s_per_image"] for phase in ("sample", "decode", "update")}
+
     if done:
         best = min(done, key=lambda r: sum(cost(r).values()))
         parts = cost(best)
@@ -330,23 +509,34 @@ def project(records: dict[str, dict]) -> None:
         speed = 0.4 * real.DATA_SHEET
         sample, update, *_ = real.tflop_per_image("vgrpo", args, real.REAL["sd3"])
         parts = {"sample": sample / speed, "update": update / speed}
-        print(f"not measured. ESTIMATE at 40% of {real.DATA_SHEET} TFLOP/s, without decoding, rewards and all-reduce:")
-    terms, total = " + ".join(f"{phase} {seconds:.3f}" for phase, seconds in parts.items()), sum(parts.values())
+        print(
+            f"not measured. ESTIMATE at 40% of {real.DATA_SHEET} TFLOP/s, without decoding, rewards and all-reduce:"
+        )
+    terms, total = (
+        " + ".join(f"{phase} {seconds:.3f}" for phase, seconds in parts.items()),
+        sum(parts.values()),
+    )
     for gpus in (1, 8):
         images = 48 // gpus * 24
-        print(f"{gpus} GPU: {48 // gpus} prompts x 24 = {images} images x ({terms} s) = {images * total:.0f} s an "
-              f"iteration, {images * total * args.iterations / 3600:.1f} h for {args.iterations}")  # fmt: skip
+        print(
+            f"{gpus} GPU: {48 // gpus} prompts x 24 = {images} images x ({terms} s) = {images * total:.0f} s an "
+            f"iteration, {images * total * args.iterations / 3600:.1f} h for {args.iterations}"
+        )
 
 
 def check() -> None:
-    """Parameters of the real sizes; on tiny models FLOPs against torch's counter, evaluations against `sizes`."""
+    """Parameters of the real sizes; on tiny models FLOPs against torch's counter, evaluations
+    against `sizes`.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     meta, cpu = torch.device("meta"), torch.device("cpu")
     for kind, low, high in (("sd3", 2.2, 2.5), ("flux", 11.8, 12.0), ("T5-XXL", 4.7, 4.8)):
         if kind in NETS:
-            whole = real.build(lambda k=kind: NETS[k](**real.config_of(k, False)), torch.bfloat16, meta)
+            whole = real.build(
+                lambda k=kind: NETS[k](**real.config_of(k, False)), torch.bfloat16, meta
+            )
         else:
             whole = real.build_encoder(kind, "sd3", meta, False)
         number = real.numbers(whole) / 1e9
@@ -354,10 +544,18 @@ def check() -> None:
         assert low < number < high, f"{kind} has {number} B parameters"
     for kind, name, _ in CASES[:2] + CASES[4:6]:
         flags = {"grad_checkpointing": False}  # torch's counter would count what it repeats
-        script, _, args = configure({"model": kind, "script": name, "micro_batch": 4, "flags": flags}, True, True)
+        script, _, args = configure(
+            {"model": kind, "script": name, "micro_batch": 4, "flags": flags}, True, True
+        )
         model = real.build_model(script, args, cpu, small=True, dtype=torch.float32)
         x, t, cond = torch.randn(1, *model.latent_shape), torch.tensor(0.5), model.encode([PROMPT])
-        ours = real.flops(kind, model.transformer.config, args.resolution, real.context_tokens(args), args.lora_rank)
+        ours = real.flops(
+            kind,
+            model.transformer.config,
+            args.resolution,
+            real.context_tokens(args),
+            args.lora_rank,
+        )
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             v = model.velocity(x, t, cond)
             theirs = [counter.get_total_flops()]
@@ -367,21 +565,32 @@ def check() -> None:
             print(f"{kind} {what}: {a:,} FLOPs by the rule, {b:,} by torch's counter")
             assert abs(a / b - 1) < 0.01, f"{kind} {what}: {a} FLOPs by the rule, {b} counted"
         counts = count_evaluations(model)
-        (images, sample), (update_images, update) = methods(script, model, args, vgrpo.generator_for("check"))
+        (images, sample), (update_images, update) = methods(
+            script, model, args, vgrpo.generator_for("check")
+        )
         result, sampled = sample(), sum(counts.values())
         update(result)
         found = [sampled, sum(counts.values()) - sampled]
-        expected = [real.calls(args) * n * m for n, m in zip(args.sizes()[3:], (images, update_images), strict=True)]
-        print(f"{kind} {name}: {found[0]} evaluations to sample, {found[1]} to update, as `sizes` says")
-        assert all(abs(a - b) < 1e-6 for a, b in zip(found, expected, strict=True)), f"{found}, by sizes {expected}"
+        expected = [
+            real.calls(args) * n * m
+            for n, m in zip(planned(args)[2:], (images, update_images), strict=True)
+        ]
+        print(f"{kind} {name}: {found[0]} evaluations to sample, {found[1]} to update, as planned")
+        assert all(abs(a - b) < 1e-6 for a, b in zip(found, expected, strict=True)), (
+            f"{found}, planned {expected}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of configurations")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls; the median counts")
-    parser.add_argument("--minutes", type=float, default=1e6, help="no configuration is begun later")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results/throughput-DEVICE.jsonl")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="no configuration is begun later"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="default: benchmarks/results/throughput-DEVICE.jsonl"
+    )
     for name in ("quick", "shrink", "table", "project", "estimate", "check"):
         parser.add_argument(f"--{name}", action="store_true")
     options, folder = parser.parse_args(), ROOT / "benchmarks/results"
@@ -395,7 +604,11 @@ def main() -> None:
         return table(records) if options.table else project(records)
     device = torch.device("cuda" if CUDA else "cpu")
     slug = torch.cuda.get_device_name().replace(" ", "_") if CUDA else "cpu"
-    usual = ROOT / "runs/throughput-shrink.jsonl" if options.shrink else folder / f"throughput-{slug}.jsonl"
+    usual = (
+        ROOT / "runs/throughput-shrink.jsonl"
+        if options.shrink
+        else folder / f"throughput-{slug}.jsonl"
+    )
     path = options.results or usual
     path.parent.mkdir(exist_ok=True)
     if CUDA or options.shrink:

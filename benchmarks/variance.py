@@ -1,18 +1,27 @@
-"""How noisy V-GRPO's surrogate is, and what each of its variance reductions does about it, on the initial model.
+"""How noisy V-GRPO's surrogate is, and what each of its variance reductions does about it, on the
+initial model.
 
     python benchmarks/variance.py                   # prints the table, three minutes on one core
 
-P prompts x G images are sampled once from the initial model. The surrogate L[r, p, g] of vgrpo.py (N pairs) is then
-evaluated in R independent draws of pairs, with theta fixed. Population standard deviations; cv(x) = std(x) / mean(x).
-  over draws     mean over images (p, g) of cv over r of L[r, p, g]: the noise of one image's likelihood estimate
-  within groups  mean over draws r and prompts p of cv over g of L[r, p, g]: the spread of a group in one draw, which
+P prompts x G images are sampled once from the initial model. The surrogate L[r, p, g] of vgrpo.py
+(N pairs) is then
+evaluated in R independent draws of pairs, with theta fixed. Population standard deviations; cv(x) =
+std(x) / mean(x).
+  over draws     mean over images (p, g) of cv over r of L[r, p, g]: the noise of one image's
+  likelihood estimate
+  within groups  mean over draws r and prompts p of cv over g of L[r, p, g]: the spread of a group
+  in one draw, which
                  holds real differences between its images as well as noise
-  real in groups mean over p of cv over g of the mean over r of L[r, p, g]: what is left of that when the pairs of all R
+  real in groups mean over p of cv over g of the mean over r of L[r, p, g]: what is left of that
+  when the pairs of all R
                  draws are averaged; noise of 1 / sqrt(R) of a draw's is still in it
-  noise in diff  mean over p and pairs of images g, h of std over r of (L[r, p, g] - L[r, p, h]), divided by the mean of
+  noise in diff  mean over p and pairs of images g, h of std over r of (L[r, p, g] - L[r, p, h]),
+  divided by the mean of
                  L[., p, .]: the noise of what GRPO compares; ours, the paper has no such figure
-Weightings have different scales; a cv has none. Paper (arXiv 2604.23380; its model and exact definition
-not checked): coefficient of variation .230 -> .128, within a group .170 -> .038, without -> with the reductions.
+Weightings have different scales; a cv has none. Paper (arXiv 2604.23380; its model and exact
+definition
+not checked): coefficient of variation .230 -> .128, within a group .170 -> .038, without -> with
+the reductions.
 """
 
 import argparse
@@ -48,7 +57,9 @@ def cv(x: Tensor, dim: int) -> Tensor:
 
 def figures(L: Tensor) -> list[float]:
     """over draws, within groups, real in groups, noise in diff (see above).   L: (R, P, G) > 0"""
-    differences = (L[..., :, None] - L[..., None, :]).std(dim=0, unbiased=False)  # (P, G, G), 0 for g = h
+    differences = (L[..., :, None] - L[..., None, :]).std(
+        dim=0, unbiased=False
+    )  # (P, G, G), 0 for g = h
     G = L.shape[2]
     noise = differences.sum(dim=(1, 2)) / (G * (G - 1)) / L.mean(dim=(0, 2))
     return [x.mean().item() for x in (cv(L, 0), cv(L, 2), cv(L.mean(dim=0), 1), noise)]
@@ -61,13 +72,16 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     P, G = options.prompts, options.group_size
     lines = [line for line in vgrpo.load_prompts(args.prompts)[:P] for _ in range(G)]
     velocity_fn, sigmas = model.velocity_fn(lines), vgrpo.sigma_grid(args.steps, args.shift)
-    x_0 = args.sample(velocity_fn, model.noise([("variance", i) for i in range(P * G)]), sigmas)
+    noise = model.noise([("variance", i) for i in range(P * G)])
+    x_0 = vgrpo.ode_sample(velocity_fn, noise, sigmas, args.solver)
     found = {}
     for name, (shared, stratified, weighting) in CONFIGURATIONS.items():
         L = torch.empty(options.draws, P, G)
         for r in range(options.draws):
             draw = vgrpo.generator_for("variance pairs", r)
-            pairs = vgrpo.draw_pairs(sigmas, args.num_pairs, P, G, model.latent_shape, draw, stratified, shared)
+            pairs = vgrpo.draw_pairs(
+                sigmas, args.num_pairs, P, G, model.latent_shape, draw, stratified, shared
+            )
             L[r] = vgrpo.surrogate(velocity_fn, x_0, *pairs, weighting)[0].view(P, G)
         found[name] = figures(L)
     return found
@@ -81,8 +95,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=32, help="R")
     options = parser.parse_args()
     found = measure(options)
-    (ROOT / "benchmarks/results/variance.json").write_text(json.dumps(vars(options) | {"figures": found}, indent=1))
-    print("| surrogate | over draws | within groups | real in groups | noise in diff |\n|---|---|---|---|---|")
+    (ROOT / "benchmarks/results/variance.json").write_text(
+        json.dumps(vars(options) | {"figures": found}, indent=1)
+    )
+    print(
+        "| surrogate | over draws | within groups | real in groups | noise in diff |\n|---|---|---|---|---|"
+    )
     for name, values in found.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
 

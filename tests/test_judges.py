@@ -1,0 +1,689 @@
+"""Rewards that look or read: geneval, ocr, vlm; what the docs say of rewards of one's own."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+import unittest.mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import DOCS
+from test_rewards import (
+    ATTR,
+    BOTH,
+    CAT,
+    DOG,
+    HUB_IDS,
+    LABELS,
+    ONE,
+    PICTURES,
+    PROMPTS,
+    RED,
+    REDS,
+    TWO,
+)
+
+import rewards
+from test_equivalence import close, gen
+
+
+def box_at(x, y, w=20, h=20):
+    return (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+
+
+def seen(*objects):
+    """Detections for geneval_rules from (class, confidence, centre, colour), the colour in the
+    crop's place.
+    """
+    return [
+        (name, confidence, box_at(*centre), colour) for name, confidence, centre, colour in objects
+    ]
+
+
+def beside(side, number=1):
+    there = {"class": "dog", "count": 1, "position": [side, 0]}
+    return dict(tag="position", include=[{"class": "cat", "count": number}, there])
+
+
+def cats(*confidences, colours="red red red red"):
+    colours = itertools.chain(colours.split(), itertools.repeat("red"))
+    return [
+        ("cat", c, (50 * i, 50), colour)
+        for (i, c), colour in zip(enumerate(confidences), colours, strict=False)
+    ]
+
+
+GENEVAL_CASES = [
+    (ONE, [CAT], 1),
+    (ONE, [CAT, DOG], 1),
+    (ONE, [DOG], 0),
+    (ONE, [], 0),
+    (ONE, cats(0.8, 0.8), 1),
+    (ONE, cats(0.31), 1),
+    (ONE, cats(0.3), 0),
+    (ONE, cats(0.29), 0),
+    (BOTH, [DOG, CAT], 1),
+    (BOTH, [CAT], 0),
+    (BOTH, [DOG], 0),
+    (BOTH, cats(0.8, 0.8), 0),
+    (TWO, cats(0.95, 0.91), 1),
+    (TWO, cats(0.95, 0.9), 0),
+    (TWO, cats(0.95, 0.89), 0),
+    (TWO, cats(0.95), 0),
+    (TWO, cats(0.95, 0.95, 0.95), 0),
+    (TWO, cats(0.95, 0.95, 0.89), 1),
+    (TWO, [*cats(0.95, 0.95), DOG], 1),
+    (RED, [CAT], 1),
+    (RED, [CAT[:3] + ("blue",)], 0),
+    (RED, cats(0.8, 0.5, colours="red blue"), 1),
+    (RED, cats(0.5, 0.8, colours="red blue"), 0),
+    (REDS, cats(0.8, 0.5), 1),
+    (REDS, cats(0.8), 0),
+    (REDS, cats(0.8, 0.5, colours="red blue"), 0),
+    (REDS, cats(0.8, 0.5, 0.4, colours="red blue red"), 0),
+    (ATTR, [CAT, DOG], 1),
+    (ATTR, [CAT[:3] + ("blue",), DOG[:3] + ("red",)], 0),
+    (ATTR, [CAT, DOG[:3] + ("red",)], 0),
+    (ATTR, [CAT], 0),
+    (dict(ONE, exclude=[{"class": "dog", "count": 1}]), [CAT, DOG], 0),
+    (dict(ONE, exclude=[{"class": "dog", "count": 1}]), [CAT], 1),
+    (beside("right of"), [CAT, DOG], 1),
+    (beside("left of"), [CAT, DOG], 0),
+    (beside("above"), [CAT, DOG], 0),
+    (beside("below"), [CAT, DOG], 0),
+    (beside("right of"), [DOG], 0),
+    (beside("right of"), [CAT], 0),
+    (beside("below"), [CAT, ("dog", 0.7, (50, 150), "blue")], 1),
+    (beside("above"), [("cat", 0.8, (9, 90), ""), DOG], 0),
+    (beside("above"), [("cat", 0.8, (150, 150), ""), DOG], 1),
+    (beside("right of"), [CAT, ("dog", 0.7, (51, 50), "")], 0),
+    (beside("right of", 2), [*cats(0.8, 0.8), ("dog", 0.7, (150, 50), "")], 1),
+    (beside("right of", 2), [*cats(0.8, 0.8), ("dog", 0.7, (25, 50), "")], 0),
+    (dict(ONE, exclude=[{"class": "cat", "count": 17}]), cats(*[0.8] * 20), 1),
+    (dict(include=[{"class": "cat", "count": 16}]), cats(*[0.8] * 20), 1),
+    (dict(include=[{"class": "cat", "count": 17}]), cats(*[0.8] * 20), 0),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GENEVAL_CASES)))
+def test_geneval_rules_on_synthetic_detections(number):
+    meta, objects, expected = GENEVAL_CASES[number]
+    for order in (objects, objects[::-1]):
+        assert rewards.geneval_rules(seen(*order), meta, lambda name, colours: colours) == expected
+
+
+def test_geneval_positions_keep_the_margin_and_the_angle():
+    """Boxes of 20 px: 0.1 of both widths is 4 px: d px apart count as d - 4, more than half of d if
+    d > 8.
+    """
+    for dx, dy, expected in (
+        (8.1, 0, {"right of"}),
+        (7.9, 0, set()),
+        (-8.1, 0, {"left of"}),
+        (0, 8.1, {"below"}),
+        (0, -8.1, {"above"}),
+        (0, 7.9, set()),
+        (0, 0, set()),
+        (100, 100, {"right of", "below"}),
+        (-100, 60, {"left of"}),
+        (-100, 70, {"left of", "below"}),
+        (30, -60, {"above"}),
+    ):
+        assert rewards.sides(box_at(200 + dx, 300 + dy), box_at(200, 300)) == expected, (dx, dy)
+    wide, tall = (
+        box_at(0, 0, 100, 10),
+        box_at(25, 0, 20, 10),
+    )  # 0.1 (100 + 20) = 12 of 25 px: 13 > 12.5
+    assert rewards.sides(tall, wide) == {"right of"} and rewards.sides(wide, tall) == {"left of"}
+    assert rewards.sides(box_at(23.9, 0, 20, 10), wide) == set()
+
+
+@pytest.fixture(scope="module")
+def tiny_geneval(tiny_clip, tmp_path_factory):
+    """A folder with a tiny random Mask2Former and the tiny CLIP, as geneval@FOLDER wants them; the
+    detector.
+    """
+    import transformers
+
+    folder = tmp_path_factory.mktemp("geneval")
+    shutil.copytree(tiny_clip, folder / "clip-vit-large-patch14")
+    swin = transformers.SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        num_attention_heads=2,
+        num_queries=8,
+        encoder_layers=1,
+        decoder_layers=2,
+        id2label=dict(enumerate(LABELS)),
+    )
+    torch.manual_seed(4)
+    with unittest.mock.patch(
+        "transformers.models.mask2former.modeling_mask2former.requires_backends"
+    ):
+        model = transformers.Mask2FormerForUniversalSegmentation(
+            config
+        ).eval()  # its loss asks for scipy
+    model.class_predictor.weight.data *= 40  # sure of something
+    detector = folder / "mask2former-swin-small-coco-instance"
+    model.save_pretrained(detector)
+    transformers.Mask2FormerImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 96}
+    ).save_pretrained(detector)
+    return folder, model
+
+
+def to_pil(x):
+    from PIL import Image
+
+    return Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def test_geneval_detects_and_names_colours_like_the_hub_pipelines(tiny_geneval):
+    """Boxes, crops and colours by Pillow, the hub's processors and the unchanged detector, against
+    the reward's own.
+    """
+    import transformers
+    from PIL import Image
+
+    folder, model = tiny_geneval
+    eye = transformers.Mask2FormerImageProcessor.from_pretrained(
+        folder / "mask2former-swin-small-coco-instance"
+    )
+    images = (
+        torch.nn.functional.interpolate(PICTURES, size=(64, 96), mode="bicubic").clamp(0, 1) * 255
+    ).round() / 255
+    names = ["computer keyboard", "couch", "cat", "dog", "potted plant"]
+    expected, metadata, scores = [], [], []
+    for x in images:
+        picture = to_pil(x)
+        with torch.no_grad():
+            out = model(**eye(picture, return_tensors="pt"))
+        found = eye.post_process_instance_segmentation(
+            out, 0.3, target_sizes=[(64, 96)], return_binary_maps=True
+        )[0]
+        objects = []
+        for info, mask in zip(found["segments_info"], found["segmentation"], strict=True):
+            mask = Image.fromarray((mask.numpy() * 255).astype(np.uint8))
+            crop = Image.composite(picture, Image.new("RGB", picture.size, "#999"), mask).crop(
+                mask.getbbox()
+            )
+            objects.append((names[info["label_id"]], info["score"], mask.getbbox(), crop))
+        expected.append(objects)
+        first = max(objects, key=lambda entry: entry[1])[0]
+        number = sum(name == first for name, *_ in objects)
+        metadata += [dict(include=[{"class": first, "count": n}]) for n in (number, number + 1)]
+        scores += [1.0, 0.0]
+    assert sum(map(len, expected)) >= 6, expected
+    functions, _ = rewards.load_rewards(f"geneval@{folder}")
+    calls, rules = [], rewards.geneval_rules
+
+    def recorded(objects, meta, colours):
+        calls.append((list(objects), colours))
+        return rules(calls[-1][0], meta, colours)
+
+    lines = [dict(prompt="p", **meta) for meta in metadata]
+    with unittest.mock.patch.object(rewards, "geneval_rules", recorded):
+        found = rewards.compute_rewards(functions, images.repeat_interleave(2, 0), lines)["geneval"]
+    assert found.tolist() == scores
+    for (objects, colours), want in zip(calls[::2], expected, strict=True):
+        assert [(name, box) for name, _, box, _ in objects] == [
+            (name, box) for name, _, box, _ in want
+        ]
+        close(
+            [score for _, score, *_ in objects],
+            [score for _, score, *_ in want],
+            1e-5,
+            "confidences",
+        )
+        for (name, _, _, crop), (*_, picture) in zip(objects, want, strict=True):
+            pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
+            close(crop, pixels, 1e-6, "masked crop")
+            assert colours(name, [crop]) == named_colours(
+                folder / "clip-vit-large-patch14", [picture], name
+            )
+    crops = [
+        torch.rand(3, 1, 1, generator=gen(i)) + 0.4 * torch.rand(3, 9, 5, generator=gen(i))
+        for i in range(60)
+    ]
+    crops = [(crop.clamp(0, 1) * 255).round() / 255 for crop in crops]
+    for name in names:
+        expected = named_colours(
+            folder / "clip-vit-large-patch14", [to_pil(crop) for crop in crops], name
+        )
+        assert len(set(expected)) >= 2, "colours that differ"
+        assert (
+            sum(a == b for a, b in zip(calls[0][1](name, crops), expected, strict=True)) >= 58
+        )  # near ties
+    with unittest.mock.patch.object(
+        rewards, "clip_embeddings", wraps=rewards.clip_embeddings
+    ) as spy:
+        calls[0][1]("couch", crops[:1])
+    prompts = [call.args[2] for call in spy.call_args_list if isinstance(call.args[2], list)]
+    colours = "red orange yellow green blue purple pink brown black white".split()
+    phrases = [
+        (f"{colour} couch", f"{colour}-colored couch", f"{colour} object") for colour in colours
+    ]
+    assert prompts == [[f"a photo of a {phrase}" for group in phrases for phrase in group]]
+
+
+def named_colours(folder, pictures, name):
+    """GenEval's zero-shot colours of crops, in float64 by the hub processor's PIL path, three
+    templates averaged.
+    """
+    import transformers
+
+    model = transformers.CLIPModel.from_pretrained(folder).double().eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    names = "red orange yellow green blue purple pink brown black white".split()
+    unit = torch.nn.functional.normalize
+    with torch.no_grad():
+        pixels = torch.cat(
+            [processor(images=[x], return_tensors="pt")["pixel_values"] for x in pictures]
+        ).double()
+        image = unit(model.get_image_features(pixel_values=pixels).pooler_output, dim=1)
+        scores = []
+        for colour in names:
+            prompts = [
+                f"a photo of a {what}"
+                for what in (f"{colour} {name}", f"{colour}-colored {name}", f"{colour} object")
+            ]
+            tokens = processor.tokenizer(
+                prompts, padding=True, truncation=True, return_tensors="pt"
+            )
+            text = unit(model.get_text_features(**tokens).pooler_output, dim=1).mean(dim=0)
+            scores.append(image @ text / text.norm())
+    return [names[i] for i in torch.stack(scores, dim=1).argmax(dim=1)]
+
+
+def test_detector_pixels_equal_the_processors_pil_path(tmp_path):
+    import transformers
+
+    for size in ({"shortest_edge": 64, "longest_edge": 96}, {"height": 50, "width": 70}):
+        processor = transformers.Mask2FormerImageProcessor(size=size)
+        for shape in ((48, 64), (64, 48), (33, 100), (64, 64), (128, 160)):
+            images = torch.nn.functional.interpolate(PICTURES, size=shape, mode="bicubic").clamp(
+                0, 1
+            )
+            expected = processor([to_pil(x) for x in images], return_tensors="pt")["pixel_values"]
+            close(
+                rewards.model_pixels(images, processor),
+                expected,
+                0.03,
+                f"pixels from {shape}, normalised units",
+            )
+
+
+def test_geneval_refuses_what_it_cannot_judge(tiny_geneval):
+    functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
+    cat = {"class": "cat", "count": 1}
+    cases = {
+        "no include": {},
+        "has no include": dict(include=[]),
+        "unicorn": dict(include=[{"class": "unicorn", "count": 1}]),
+    }
+    cases |= {"cyan": dict(include=[dict(cat, color="cyan")])}
+    cases |= {"zebra": dict(include=[cat], exclude=[{"class": "zebra", "count": 2}])}
+    for message, meta in cases.items():
+        with pytest.raises(rewards.UserError, match=f'reward geneval: "my prompt".*{message}'):
+            rewards.compute_rewards(functions, PICTURES[:1], [dict(prompt="my prompt", **meta)])
+
+
+def test_hpsv3_says_that_it_is_served():
+    with pytest.raises(rewards.UserError, match=r"hpsv3.*not built in.*MizzenAI/HPSv3.*server"):
+        rewards.load_rewards("shapes=0,hpsv3=1")
+
+
+def test_readme_rewards_of_ones_own_run(tmp_path):
+    """Both examples as they stand in the README; the served one gets its own port and a server that
+    counts pixels.
+    """
+    import base64
+    import http.server
+    import io
+    import threading
+
+    from PIL import Image
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+            scores = [
+                file.size[0] + len(prompt)
+                for file, prompt in zip(files, body["prompts"], strict=True)
+            ]
+            data = json.dumps({"scores": scores}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    blocks = re.findall(
+        r"```python\n(# (\w+\.py), used as --reward (\w+\.py):(\w+)\n.*?)```",
+        DOCS,
+        re.S,
+    )
+    assert {block[3] for block in blocks} == {"hpsv3", "brightness"}
+    for code, file, used, _ in blocks:
+        assert file == used
+        (tmp_path / file).write_text(
+            code.replace("127.0.0.1:8000", f"127.0.0.1:{server.server_port}")
+        )
+    spec = ",".join(f"{tmp_path}/{file}:{name}" for _, file, _, name in blocks)
+    found = rewards.compute_rewards(
+        rewards.load_rewards(spec)[0], PICTURES, [{"prompt": p} for p in PROMPTS]
+    )
+    server.shutdown()
+    server.server_close()
+    close(found["hpsv3"], [64 + len(prompt) for prompt in PROMPTS], 1e-6, "served scores")
+    close(found["brightness"], PICTURES.double().mean(dim=(1, 2, 3)), 1e-6, "brightness")
+
+
+def test_prompt_files_in_genevals_format_work_as_they_are(tiny_geneval, tmp_path):
+    """One line of each task type, with the keys in the order in which GenEval's generator writes
+    them.
+    """
+    cat, keys = {"class": "cat", "count": 1}, {"class": "computer keyboard", "count": 1}
+    entries = [
+        dict(tag="single_object", include=[cat], prompt="a photo of a cat"),
+        dict(
+            tag="two_object", include=[cat, keys], prompt="a photo of a cat and a computer keyboard"
+        ),
+        dict(
+            tag="counting",
+            include=[dict(cat, count=2)],
+            exclude=[dict(cat, count=3)],
+            prompt="a photo of two cats",
+        ),
+        dict(
+            tag="colors",
+            include=[dict(keys, color="pink")],
+            prompt="a photo of a pink computer keyboard",
+        ),
+        dict(
+            tag="position",
+            include=[cat, dict(keys, position=["above", 0])],
+            prompt="a photo of a keyboard above a cat",
+        ),
+        dict(
+            tag="color_attr",
+            include=[dict(cat, color="red"), dict(keys, color="blue")],
+            prompt="a photo of a red cat",
+        ),
+    ]
+    readme = re.search(r'`(\{"tag": "position".*?\})`', DOCS, re.S)[1].replace("\n", " ")
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + readme + "\n")
+    lines = rewards.load_prompts(path)
+    assert lines == [*entries, json.loads(readme)]
+    functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
+    found = rewards.compute_rewards(functions, PICTURES[torch.arange(7) % 3], lines)["geneval"]
+    assert set(found.tolist()) <= {0.0, 1.0}
+
+
+def test_pickles_are_refused_and_missing_models_are_one_sentence(
+    tiny_clip, tiny_geneval, tmp_path, monkeypatch
+):
+    import pickle
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    folder = tmp_path / "bad"
+    shutil.copytree(tiny_clip, folder)
+    for file in ("HPS_v2.1_compressed.pt", "aesthetic-model.pth", "ImageReward.pt"):
+        (folder / file).write_bytes(pickle.dumps(Malicious()))
+    name = "mask2former-swin-small-coco-instance"
+    detector = shutil.copytree(tiny_geneval[0] / name, folder / name)
+    (detector / "model.safetensors").unlink()
+    (detector / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    (folder / "model.safetensors").rename(folder / "hidden")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert list(HUB_IDS) + ["vlm"] == list(rewards.MODEL_REWARDS)
+    for name, hub in HUB_IDS.items():
+        if name == "aesthetic":
+            (folder / "hidden").rename(folder / "model.safetensors")  # past CLIP, to the head
+        for spec in (f"{name}@{folder}", f"{name}@{tmp_path}/nowhere", name):
+            with pytest.raises(
+                rewards.UserError, match=rf"reward {name}: .*cannot be loaded.*{name}@FOLDER"
+            ) as error:
+                rewards.load_rewards(spec)
+            assert "\n" not in str(error.value)
+        assert f": {hub}" in str(error.value), "the last one is the hub's"
+    assert not (tmp_path / "owned").exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "owned").exists(), "the pickle is a real one"
+
+
+@pytest.fixture
+def judge_server(monkeypatch):
+    """An OpenAI-compatible server on loopback; `behaviour` maps the number of a chat request to
+    what it does.
+    """
+    import http.server
+    import threading
+
+    requests, behaviour = [], {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, payload, code=200):
+            data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.answer({"data": [{"id": "judge"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(body)
+            act = behaviour.get(len(requests) - 1, behaviour.get("always", "score"))
+            if act == "fail":
+                return self.answer({"error": "busy"}, 503)
+            if act == "reject":
+                return self.answer({"error": "no such model"}, 404)
+            if act == "silent":
+                return time.sleep(1.5)
+            if act == "delay":
+                time.sleep(0.2)
+            prompt = body["messages"][0]["content"][1]["text"]
+            score = {"a": "3", "b": "4.5", "c": "5"}[re.search(r"prompt: (\w)", prompt)[1]]
+            text = "I like it." if act == "rubbish" else f"Score 1? No.\n**Final Score: {score}**"
+            return self.answer(
+                b"<html>" if act == "html" else {"choices": [{"message": {"content": text}}]}
+            )
+
+        def log_message(self, *args):
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(rewards, "VLM_BACKOFF", 0.01)
+    monkeypatch.setattr(rewards, "VLM_TIMEOUT", 0.5)
+    yield f"http://127.0.0.1:{server.server_port}/v1", requests, behaviour
+    server.shutdown()
+    server.server_close()
+
+
+def test_vlm_over_http(judge_server):
+    import base64
+    import io
+
+    from PIL import Image
+
+    url, requests, behaviour = judge_server
+    functions, _ = rewards.load_rewards(f"vlm@{url}=0.5")
+    lines = [{"prompt": p} for p in "abc"]
+    scores = torch.tensor([0.6, 0.9, 1.0])
+    close(rewards.compute_rewards(functions, PICTURES, lines)["vlm"], scores, 1e-6, "scores")
+    sent = {
+        body["messages"][0]["content"][1]["text"].split("prompt: ")[1][0]: body for body in requests
+    }
+    data = base64.b64decode(
+        sent["b"]["messages"][0]["content"][0]["image_url"]["url"].split(",")[1]
+    )
+    pixels = (
+        torch.from_numpy(np.asarray(Image.open(io.BytesIO(data))).copy()).permute(2, 0, 1) / 255
+    )
+    close(pixels, PICTURES[1], 0.5 / 255 + 1e-6, "the image that was sent")
+    assert sent["b"]["temperature"] == 0 and sent["b"]["model"] == "judge"
+    for acts in ({"always": "delay"}, {0: "fail", 1: "fail"}, {0: "html"}, {1: "silent"}):
+        requests.clear()
+        behaviour.clear()
+        behaviour.update(acts)
+        close(
+            rewards.compute_rewards(functions, PICTURES, lines)["vlm"],
+            scores,
+            1e-6,
+            f"scores, server: {acts}",
+        )
+    for act, message, tries in (
+        ("fail", "503", 12),
+        ("rubbish", "I like it", 3),
+        ("reject", "404", 3),
+        ("silent", "", 4),
+    ):
+        requests.clear()
+        behaviour.clear()
+        behaviour["always"] = act
+        count = 1 if act == "silent" else 3
+        with pytest.raises(rewards.UserError, match=f"reward vlm.*{message}"):
+            rewards.compute_rewards(functions, PICTURES[:count], lines[:count])
+        assert len(requests) <= tries, "no endless retries, none where they cannot help"
+
+
+def test_vlm_needs_an_endpoint(monkeypatch):
+    monkeypatch.setattr(rewards, "VLM_BACKOFF", 0.01)
+    for spec, message in (
+        ("vlm", "needs an endpoint"),
+        ("vlm@http://127.0.0.1:9/v1", "does not answer"),
+    ):
+        with pytest.raises(rewards.UserError, match=message):
+            rewards.load_rewards(spec)
+
+
+def test_ocr_string_rules():
+    assert rewards.ocr_target('a sign that says "Open Now" in red', {}) == "Open Now"
+    assert rewards.ocr_target('a "x"', {"text": "from metadata"}) == "from metadata"
+    for prompt in ("no quotes", 'one " quote', '""', '" "'):
+        with pytest.raises(rewards.UserError, match="reward ocr"):
+            rewards.ocr_target(prompt, {})
+    cases = [
+        ("open now!", "Open Now", 1.0),
+        ("OPENNOW", "open now", 1.0),
+        ("", "abcd", 0.0),
+        ("abcx", "abcd", 0.75),
+    ]
+    cases += [
+        ("bcd", "abcd", 0.75),
+        ("wholly other words", "abcd", 0.0),
+        ("acbd", "abcd", 0.5),
+        ("kitten", "sitting", 4 / 7),
+    ]
+    for read, target, expected in cases:
+        assert rewards.ocr_score(read, target) == pytest.approx(expected), (read, target)
+
+
+def test_ocr_reads_like_the_hub_pipeline(tmp_path):
+    """A tiny random GOT-OCR: what it reads from our pixels is what it reads through its processor's
+    PIL path.
+    """
+    import transformers
+    from PIL import Image
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
+    letters = [*special, "\u0120", "\u010a", *map(chr, range(33, 127))]
+    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    words.pre_tokenizer, words.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=special[0],
+        eos_token=special[2],
+        additional_special_tokens=special,
+    )
+    vision = dict(
+        hidden_size=16,
+        output_channels=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        mlp_dim=16,
+        image_size=1024,
+        patch_size=16,
+        window_size=8,
+        global_attn_indexes=[],
+    )
+    text = dict(
+        model_type="qwen2",
+        vocab_size=len(letters),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    config = transformers.GotOcr2Config(vision_config=vision, text_config=text, image_token_index=5)
+    model = transformers.GotOcr2ForConditionalGeneration(config).eval()
+    for p in model.parameters():
+        p.data = p.data + 0.3 * torch.randn_like(p)  # so that it reads something
+    model.save_pretrained(tmp_path)
+    images = transformers.GotOcr2ImageProcessor(size={"height": 1024, "width": 1024})
+    processor = transformers.GotOcr2Processor(image_processor=images, tokenizer=tokenizer)
+    processor.save_pretrained(tmp_path)
+    pictures = (
+        torch.nn.functional.interpolate(PICTURES[:2], size=(1024, 1024)) * 255
+    ).round() / 255
+    inputs = processor(
+        [Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()) for x in pictures],
+        return_tensors="pt",
+    )
+    close(
+        rewards.model_pixels(pictures, images),
+        inputs["pixel_values"],
+        1e-5,
+        "pixels at the processor's size",
+    )
+    out = model.generate(
+        **inputs, do_sample=False, tokenizer=tokenizer, stop_strings="<|im_end|>", max_new_tokens=64
+    )
+    expected = processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    functions, _ = rewards.load_rewards(f"ocr@{tmp_path}")
+    lines, read, score = (
+        [{"prompt": 'says "HI"'}, {"prompt": "b", "text": "Q"}],
+        [],
+        rewards.ocr_score,
+    )
+    with unittest.mock.patch.object(
+        rewards, "ocr_score", lambda text, target: read.append(text) or score(text, target)
+    ):
+        found = rewards.compute_rewards(functions, pictures, lines)["ocr"]
+    assert read == expected and any(text.strip() for text in expected), expected
+    assert found.tolist() == pytest.approx([score(expected[0], "HI"), score(expected[1], "Q")])

@@ -1,0 +1,737 @@
+"""Models and runs, end to end: diffusers' own pipelines, resume, kills, signals, several processes."""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import unittest.mock
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import DOCS, SMALL, load, make, run, spawn, untimed
+
+import pave_grpo
+import rewards
+import vgrpo
+from test_equivalence import ROOT, TINY, both, close, gen
+
+COUNTED = {
+    vgrpo: ["", "--update_epochs 2 --ref_kl_beta 0", "--num_minibatches 2 --ref_kl_beta 0.1"],
+    pave_grpo: [
+        "",
+        "--rollout sde",
+        "--splits --kl_beta 0.1",
+        "--update_epochs 2 --kl_beta 0.1 --rollout sde",
+    ],
+}
+
+
+@pytest.mark.parametrize("script, flags", [(s, f) for s, flags in COUNTED.items() for f in flags])
+def test_network_evaluations_are_those_reported(tmp_path, script, flags):
+    count, velocity = [0], script.Model.velocity
+
+    def counting(self, x_t, *rest, **more):
+        count[0] += len(x_t)
+        return velocity(self, x_t, *rest, **more)
+
+    with unittest.mock.patch.object(script.Model, "velocity", counting):
+        line = run(tmp_path, "--iterations", "1", *flags.split(), script=script)[-1]
+    args = script.parse_args(["--resume", str(tmp_path)])
+    images = args.prompts_per_iter * script.images_per_prompt(args)
+    evaluations = (
+        2 * args.eval_steps * args.eval_samples * len(script.load_prompts(args.eval_prompts))
+    )
+    assert count[0] == pytest.approx(
+        images * (line["nfe/sample"] + line["nfe/update"]) + evaluations
+    )
+
+
+def test_prompt_order_covers_the_file_before_it_repeats(tmp_path):
+    """Ten prompts, four an iteration: every prompt comes once in iterations 1 to 5, in another
+    order each pass.
+    """
+    seen = []
+
+    def spy(images, prompts, metadata):
+        seen.extend(
+            prompts[::2]
+        )  # groups of two; the evaluation before training leaves 5 of its 10
+        return torch.rand(len(prompts), generator=gen(len(seen)))
+
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(10))))
+    with unittest.mock.patch.dict(rewards.REWARDS, {"spy": spy}):
+        run(
+            tmp_path / "run",
+            *f"--iterations 5 --prompts {tmp_path}/p.txt --eval_prompts {tmp_path}/p.txt".split(),
+            *"--reward spy=1 --prompts_per_iter 4 --group_size 2 --micro_batch 8 --steps 1 --num_pairs 1".split(),
+            *"--eval_steps 1 --eval_every 9".split(),
+        )
+    trained = seen[5:25]
+    assert (
+        sorted(trained[:10]) == sorted(trained[10:]) == sorted(map(str, range(10)))
+        and trained[:10] != trained[10:]
+    )
+
+
+def test_draws_are_named_not_sequential():
+    first = torch.randn(5, generator=vgrpo.generator_for(0, 1, "noise", 2, 3))
+    torch.manual_seed(123)
+    assert torch.equal(first, torch.randn(5, generator=vgrpo.generator_for(0, 1, "noise", 2, 3)))
+    assert not torch.equal(
+        first, torch.randn(5, generator=vgrpo.generator_for(0, 1, "noise", 3, 2))
+    )
+
+
+def test_imports_stay_light():
+    code = "import sys, vgrpo; assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_euler_equals_the_sd3_pipeline(guidance):
+    model = load("--model", "tiny", "--guidance_scale", str(guidance))
+    model.transformer.delete_adapters("default")
+    lines = vgrpo.load_prompts(ROOT / "prompts/shapes_test.jsonl")[:4]
+    noise, sigmas = model.noise([("test", i) for i in range(4)]), vgrpo.sigma_grid(8, 3.0)
+    with torch.no_grad():
+        ours = model.decode(vgrpo.ode_sample(model.velocity_fn(lines), noise, sigmas, "euler"))
+    model.pipe.set_progress_bar_config(disable=True)
+    theirs = model.pipe(
+        [line["prompt"] for line in lines],
+        latents=noise,
+        guidance_scale=guidance,
+        max_sequence_length=1,
+        height=64,
+        width=64,
+        sigmas=torch.linspace(1, 0, 9)[:-1].tolist(),
+        num_inference_steps=8,
+        output_type="pt",
+    ).images
+    close(ours, theirs, 1e-4, f"SD3 pipeline, guidance {guidance}")
+
+
+def flux_pipeline(folder):
+    """A tiny random FluxPipeline with the class and key layout of FLUX.1-dev (guidance-distilled,
+    CLIP and T5).
+    """
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    clip_tokenizer = make.make_tokenizer(folder / "clip")
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [
+        (c, -1.0) for c in "\u2581abcdefghijklmnopqrstuvwxyz"
+    ]
+    t5_tokenizer = transformers.T5Tokenizer(vocab=letters, extra_ids=0)
+    clip = transformers.CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        projection_dim=32,
+    )
+    t5 = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2
+    )
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        text_encoder=transformers.CLIPTextModel(clip),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=transformers.T5EncoderModel(t5),
+        tokenizer_2=t5_tokenizer,
+        transformer=diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+    pipe.save_pretrained(folder / "flux")
+    return folder / "flux"
+
+
+FLUX_FLAGS = "--resolution 32 --max_sequence_length 8 --lora_rank 4 --lora_alpha 4".split()
+
+
+def test_euler_equals_the_flux_pipeline(tmp_path):
+    path = flux_pipeline(tmp_path)
+    args = vgrpo.parse_args(["--model", str(path), *FLUX_FLAGS])
+    assert args.guidance_scale == 3.5 and args.clip_range == vgrpo.PRESETS["flux"]["clip_range"], (
+        "the class picks the preset"
+    )
+    model = vgrpo.load_model(args, torch.device("cpu"))
+    model.transformer.delete_adapters("default")
+    noise = model.noise([("test", i) for i in range(2)])
+    lines = [{"prompt": "a fox"}, {"prompt": "two cats"}]
+    with torch.no_grad():
+        ours = model.decode(
+            vgrpo.ode_sample(model.velocity_fn(lines), noise, vgrpo.sigma_grid(4, 3.0), "euler")
+        )
+    model.pipe.set_progress_bar_config(disable=True)
+    theirs = model.pipe(
+        ["a fox", "two cats"],
+        latents=model.pipe._pack_latents(noise, 2, *noise.shape[1:]),
+        height=32,
+        width=32,
+        guidance_scale=3.5,
+        max_sequence_length=8,
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        num_inference_steps=4,
+        output_type="pt",
+    ).images
+    close(ours, theirs, 1e-4, "FLUX pipeline")
+
+
+@both
+def test_flux_trains_a_step(tmp_path, script):
+    path, run = flux_pipeline(tmp_path), tmp_path / "run"
+    flags = "--iterations 1 --prompts_per_iter 2 --group_size 2 --steps 4 --eval_steps 2 --reward jpeg".split()
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a fox\ntwo cats\n")
+    files = ["--prompts", str(prompts), "--eval_prompts", str(prompts), "--run_dir", str(run)]
+    script.main(
+        [
+            "--model",
+            str(path),
+            *FLUX_FLAGS,
+            *flags,
+            *files,
+            *(["--sde_steps", "1"] if script is pave_grpo else []),
+        ]
+    )
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["optim/grad_norm"] > 0 and (run / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_velocity_repeats_conditioning_and_reference_is_the_initial_model():
+    for full in ("true", "false"):
+        model = load("--full", full)
+        lines, x = (
+            [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
+            torch.randn(4, *model.latent_shape, generator=gen()),
+        )
+        v = model.velocity_fn(lines)
+        with torch.no_grad():
+            whole = v(x, torch.tensor(0.7))
+            close(whole[2:], v(x[2:], torch.full((2,), 0.7)), 1e-5, "n B samples for B prompts")
+            before = whole.clone()
+            for p in model.trainable.values():
+                p.add_(0.02 * torch.randn(p.shape, generator=gen(p.numel())))
+            assert (v(x, torch.tensor(0.7)) - before).abs().max() > 1e-3
+            assert torch.equal(model.velocity_fn(lines, initial=True)(x, torch.tensor(0.7)), before)
+        own = {id(p) for p in model.transformer.parameters()}
+        shared = [id(p) in own for p in model.initial.parameters()]
+        assert not any(shared) if model.args.full else all(shared), (
+            "LoRA: one set of frozen weights; --full: a copy"
+        )
+
+
+def test_compile_covers_the_blocks_of_both_models(tmp_path):
+    flux = vgrpo.parse_args(["--model", str(flux_pipeline(tmp_path)), *FLUX_FLAGS, "--compile"])
+    models = [load("--compile"), vgrpo.load_model(flux, torch.device("cpu"))]
+    for net, blocks in (
+        (models[0].initial, 4),
+        (models[0].transformer, 4),
+        (models[1].transformer, 2),
+    ):
+        assert sum(module._compiled_call_impl is not None for module in net.modules()) == blocks
+
+
+def test_encoding_ahead_caches_without_stacking():
+    model = load()
+    model.cache_prompts(["", "a red circle", "a blue square", "a red circle"])
+    assert len(model.encode([""])[0]) == 1 and set(model.cache) == {
+        "",
+        "a red circle",
+        "a blue square",
+    }
+
+
+@pytest.mark.parametrize("zeros", [1, 256])
+def test_pretraining_text_is_what_the_pipeline_encodes(zeros):
+    pipe, prompts = load().pipe, ["a red circle", "", "a cyan square to the left of a red triangle"]
+    context, pooled = make.encode_text(pipe, prompts, zeros)
+    expected = pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=zeros
+    )
+    close(context, expected[0], 1e-5, "context")
+    close(pooled, expected[2], 1e-5, "pooled")
+
+
+def test_bf16_autocast_path_runs_and_is_close():
+    """The CUDA dtype layout (bf16 transformer, fp32 LoRA, autocast) on the CPU, near the fp32
+    velocity.
+    """
+    fp32, half = load("--full", "false"), load("--full", "false")
+    half.encoders.bfloat16()
+    for p in half.transformer.parameters():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
+    lines, x = [{"prompt": "a red circle"}], torch.randn(1, *fp32.latent_shape, generator=gen())
+    v = half.velocity_fn(lines)(x, torch.tensor(0.7))
+    v.square().mean().backward()
+    assert v.dtype == torch.float32 and all(
+        p.grad.dtype == torch.float32 for p in half.trainable.values()
+    )
+    with torch.no_grad():
+        expected = fp32.velocity_fn(lines)(x, torch.tensor(0.7))
+    assert (v - expected).norm() < 0.05 * expected.norm()
+
+
+@both
+@pytest.mark.parametrize(
+    "flags", ["", "--full --update_epochs 2 --num_minibatches 2 --kl_beta 0.1"]
+)
+def test_resume_is_exact_and_independent_of_global_randomness(tmp_path, script, flags, monkeypatch):
+    flags = (*flags.split(), "--seed", "5")
+    whole = run(tmp_path / "whole", "--iterations", "4", *flags, script=script)
+    run(tmp_path / "half", "--iterations", "2", *flags, script=script)
+    honest = script.compute_rewards
+
+    def poisoned(*args):
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(99)
+        return honest(*args)
+
+    monkeypatch.setattr(script, "compute_rewards", poisoned)
+    resumed = run(
+        tmp_path / "half",
+        "--iterations",
+        "4",
+        "--resume",
+        str(tmp_path / "half"),
+        *flags,
+        script=script,
+    )
+    assert untimed(resumed) == untimed(whole) and [line["iteration"] for line in whole] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    files = ("weights.safetensors", "optimizer.safetensors")
+    a, b = (
+        [(tmp_path / k / "checkpoint" / f).read_bytes() for f in files] for k in ("whole", "half")
+    )
+    assert a == b, "every bit of weights and optimizer"
+
+
+@both
+def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path, script):
+    """One run, as a user starts it: its files, its metrics, and its LoRA in a pipeline of diffusers
+    alone.
+    """
+    file, solver = Path(script.__file__).name, "--solver euler" if script is vgrpo else ""
+    flags = [*SMALL[script], *f"--iterations 2 --lr 0.01 {solver} --run_dir {tmp_path}".split()]
+    out = subprocess.run([sys.executable, file, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "eval/shapes" in out.stdout and "load_lora_weights" in out.stdout
+    for name in (
+        "config.json",
+        "samples/iter_0000.png",
+        "samples/iter_0002.png",
+        "checkpoint/state.json",
+        file,
+    ):
+        assert (tmp_path / name).exists(), name
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].keys() == {"iteration", "eval/shapes"} and lines[1]["policy/ratio_max_dev"] == 0
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    table = set(re.findall(r"^\| `([a-z_]+/[a-z_<>]+)`", DOCS, re.M))
+    logged = {re.sub(r"^(reward|eval)/shapes$", r"\1/<name>", key) for key in lines[2]} - {
+        "iteration"
+    }
+    assert logged == table, "the README's table of metrics is what a run logs"
+
+    args = script.parse_args(["--resume", str(tmp_path)])
+    model = script.load_model(args, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.trainable.values())
+    script.load_checkpoint(tmp_path, args, model, optimizer)
+    prompts = script.load_prompts(args.eval_prompts)[:3]
+    noise = model.noise([("eval", p, 0) for p in range(3)])
+    with torch.no_grad():
+        draws = [("eval", p, 0) for p in range(3)]
+        ours = model.decode(script.generate(model, prompts, draws, script.sigma_grid(4, 3.0), args))
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(TINY, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(
+        latents=noise,
+        guidance_scale=1.0,
+        max_sequence_length=1,
+        height=64,
+        width=64,
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        num_inference_steps=4,
+        output_type="pt",
+    )
+    texts = [line["prompt"] for line in prompts]
+    base = pipe(texts, **call).images
+    pipe.load_lora_weights(tmp_path)
+    close(pipe(texts, **call).images, ours, 1e-4, "LoRA in plain diffusers")
+    assert (base - ours).abs().max() > 1e-2, "the LoRA changes the image"
+
+
+class Killed(BaseException):
+    """SIGKILL as seen from inside: nothing catches it."""
+
+
+KILL_POINTS = [
+    "shutil.rmtree",
+    "pathlib.Path.mkdir",
+    "safetensors.torch.save_file",
+    "safetensors.torch.save_file",
+    "pathlib.Path.write_text",
+    "os.fsync",
+    "os.fsync",
+    "os.fsync",
+    "shutil.rmtree",
+    "pathlib.Path.rename",
+    "pathlib.Path.rename",
+]
+
+
+def test_a_kill_at_any_step_of_saving_loses_one_iteration_at_most(tmp_path):
+    """With checkpoints 2 and 1 on disk, saves 3, killed before each step of it in turn: 2 is read,
+    whole.
+    """
+    args = vgrpo.parse_args(["--full", "false", "--lora_rank", "4"])
+    model = vgrpo.load_model(args, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=0.1)
+    for step, point in enumerate(KILL_POINTS):
+        folder, count = tmp_path / str(step), KILL_POINTS[:step].count(point)
+        folder.mkdir()
+        for iteration in (1, 2, 3):
+            for p in model.trainable.values():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            if iteration < 3:
+                vgrpo.save_checkpoint(folder, iteration, {"config": vars(args)}, model, optimizer)
+                weights = {name: p.detach().clone() for name, p in model.trainable.items()}
+        module, _, name = point.rpartition(".")
+        owner = Path if module == "pathlib.Path" else sys.modules[module]
+        honest, calls = getattr(owner, name), itertools.count()
+
+        def killed(*a, honest=honest, calls=calls, count=count, **k):
+            if next(calls) == count:
+                raise Killed
+            return honest(*a, **k)
+
+        with unittest.mock.patch.object(owner, name, killed), pytest.raises(Killed):
+            vgrpo.save_checkpoint(folder, 3, {"config": vars(args)}, model, optimizer)
+        with torch.no_grad():
+            _ = [p.zero_() for p in model.trainable.values()]
+        assert vgrpo.load_checkpoint(folder, args, model, optimizer) == 2, point
+        assert all(torch.equal(p, weights[name]) for name, p in model.trainable.items())
+        vgrpo.save_checkpoint(folder, 4, {"config": vars(args)}, model, optimizer)
+        assert vgrpo.read_checkpoint(folder)[0]["iteration"] == 4, "and saving goes on"
+
+
+def kill_and_resume(folder, script, kills, rng):
+    """Kills a run of 6 iterations at random moments and continues it until it ends; returns its
+    metrics.
+    """
+    flags, log = ("--iterations", "6", "--eval_every", "9"), folder / "metrics.jsonl"
+    for _ in range(kills):
+        begun = (folder / "checkpoint").exists() or (folder / "checkpoint.prev").exists()
+        process = spawn(
+            folder, *flags, *(("--resume", str(folder)) if begun else ()), script=script
+        )
+        lines = len(log.read_bytes().splitlines()) if log.exists() else 0
+        deadline = time.time() + 120
+        while (
+            process.poll() is None and time.time() < deadline
+        ):  # training has begun: a kill while loading proves less
+            if log.exists() and len(log.read_bytes().splitlines()) != lines:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.6)
+        process.kill()
+        process.communicate()
+    begun = (folder / "checkpoint").exists() or (folder / "checkpoint.prev").exists()
+    process = spawn(folder, *flags, *(("--resume", str(folder)) if begun else ()), script=script)
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def check_kills(tmp_path, script, kills, seed):
+    undisturbed = run(tmp_path / "whole", "--iterations", "6", "--eval_every", "9", script=script)
+    disturbed = kill_and_resume(
+        tmp_path / "killed", Path(script.__file__).name, kills, random.Random(seed)
+    )
+    assert untimed(disturbed) == untimed(undisturbed)
+    a, b = (
+        (tmp_path / k / "checkpoint/weights.safetensors").read_bytes() for k in ("whole", "killed")
+    )
+    assert a == b
+
+
+def test_a_killed_run_continues_as_if_undisturbed(tmp_path):
+    check_kills(tmp_path, vgrpo, kills=1, seed=0)
+
+
+@pytest.mark.slow
+@both
+def test_ten_kills_at_random_moments(tmp_path, script):
+    check_kills(tmp_path, script, kills=10, seed=1)
+
+
+def torchrun(folder, processes, *flags, script="vgrpo.py"):
+    """The script under torchrun with gloo, waited for; returns its exit code, stdout and stderr."""
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--rdzv_endpoint=localhost:0",
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = spawn(
+        folder, *flags, script=script, launcher=(*launcher, "--rdzv_backend=c10d"), env=env
+    )
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def assert_runs_are_close(a, b, tolerance=1e-5):
+    """The last checkpoints and every logged number of two run folders."""
+    for x, y in zip(
+        *(untimed(map(json.loads, (f / "metrics.jsonl").open())) for f in (a, b)), strict=True
+    ):
+        assert x.keys() == y.keys()
+        close(
+            [x[key] for key in x],
+            [y[key] for key in x],
+            tolerance,
+            f"metrics of iteration {x['iteration']}",
+        )
+    for name in ("weights", "optimizer"):
+        x, y = (safetensors.torch.load_file(f / f"checkpoint/{name}.safetensors") for f in (a, b))
+        assert x.keys() == y.keys()
+        close(max((x[key] - y[key]).abs().max() for key in x), 0, tolerance, name)
+
+
+SIGNAL = """
+import os, signal
+from rewards import shapes
+calls = 0
+def stopping(images, prompts, metadata):
+    global calls
+    calls += len(images) == 2  # a micro-batch of training, or the first evaluation
+    if os.environ.get("RANK") == "1" and calls == {call}:
+        os.kill(os.getpid(), signal.{signal})
+    return shapes(images, prompts, metadata)
+"""
+
+
+def test_two_processes_equal_one_stop_together_and_one_continues(tmp_path):
+    """SIGTERM reaches one of two processes in iteration 2: both finish it, save, exit 0; one goes
+    on to iteration 4.
+    """
+    (tmp_path / "own.py").write_text(SIGNAL.format(call=4, signal="SIGTERM"))
+    flags = f"--reward {tmp_path}/own.py:stopping --micro_batch 2 --group_size 2 --prompts_per_iter 4 --full true"
+    flags += " --update_epochs 2 --num_minibatches 2 --clip_range 1e-3 --kl_beta 0.1 --ref_kl_beta 0.1 --iterations 4"
+    code, out, err = torchrun(tmp_path / "two", 2, *flags.split())
+    assert code == 0 and f"--resume {tmp_path / 'two'}" in out, out + err
+    assert json.loads((tmp_path / "two/checkpoint/state.json").read_text())["iteration"] == 2
+    run(tmp_path / "two", "--resume", str(tmp_path / "two"), *flags.split())
+    run(tmp_path / "one", *flags.split())
+    assert_runs_are_close(tmp_path / "one", tmp_path / "two")
+
+
+def test_three_processes_equal_one(tmp_path):
+    """Pave-GRPO's paths and its LoRA on three processes, with an evaluation that does not divide."""
+    flags = "--rollout sde --group_size 2 --prompts_per_iter 6 --micro_batch 2 --iterations 2 --eval_samples 3"
+    flags += " --kl_beta 0.1"
+    code, out, err = torchrun(tmp_path / "three", 3, *flags.split(), script="pave_grpo.py")
+    assert code == 0, out + err
+    run(tmp_path / "one", *flags.split(), script=pave_grpo)
+    assert_runs_are_close(tmp_path / "one", tmp_path / "three")
+
+
+@both
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_name_the_resume_command(tmp_path, script, number, capsys):
+    def stopping(images, prompts, metadata):
+        if (
+            len(prompts) == 4 and signal.getsignal(number) != signal.SIG_DFL
+        ):  # in training; evaluations have three
+            signal.raise_signal(number)
+        return torch.rand(len(prompts), generator=gen())
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    flags = "--iterations 5 --reward spy=1 --save_every 9 --group_size 4 --lora_rank 2".split()
+    try:
+        with unittest.mock.patch.dict(rewards.REWARDS, {"spy": stopping}):
+            lines = run(tmp_path / "run", *flags, "--prompts_per_iter", "1", script=script)
+        assert signal.getsignal(number) == signal.SIG_DFL, (
+            "a second signal ends the process at once"
+        )
+    finally:
+        _ = [signal.signal(*pair) for pair in handlers.items()]
+    assert [line["iteration"] for line in lines] == [0, 1] and "eval/spy" not in lines[-1], (
+        "no time for it"
+    )
+    assert script.read_checkpoint(tmp_path / "run")[0]["iteration"] == 1
+    assert f"{Path(script.__file__).name} --resume {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_takes_the_run_down(tmp_path):
+    (tmp_path / "own.py").write_text(SIGNAL.format(call=4, signal="SIGKILL"))
+    flags = f"--reward {tmp_path}/own.py:stopping --micro_batch 2 --group_size 2 --prompts_per_iter 4 --iterations 90"
+    code, out, err = torchrun(tmp_path / "run", 2, *flags.split())
+    assert code != 0 and "SIGKILL" in err, out + err
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the evaluation and iteration 1"
+    assert time.time() - (tmp_path / "run/metrics.jsonl").stat().st_mtime < 60, "no hanging"
+
+
+@both
+def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, script, monkeypatch, capsys):
+    """A file-size limit stands for the full disk: one sentence, exit 2, and the run continues once
+    there is room.
+    """
+    run(tmp_path / "run", "--iterations", "1", script=script)
+    before = {path: path.read_bytes() for path in (tmp_path / "run/checkpoint").iterdir()}
+    small = min(len(content) for path, content in before.items() if path.suffix == ".safetensors")
+    flags = ["--resume", str(tmp_path / "run"), "--iterations", "2"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "argv", ["x.py", *flags])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (small // 2, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script.__file__, run_name="__main__")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = capsys.readouterr().err.strip()
+    assert (
+        stop.value.code == 2
+        and text.startswith("error: ")
+        and "\n" not in text
+        and "intact" in text
+    ), text
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run/checkpoint").iterdir()}
+    assert run(tmp_path / "run", *flags, script=script)[-1]["iteration"] == 2
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    run(tmp_path, "--iterations", "2", "--save_every", "1")
+    checkpoint, flags = tmp_path / "checkpoint", ["--resume", str(tmp_path), "--iterations", "3"]
+    with pytest.raises(rewards.UserError, match="lora_rank"):
+        vgrpo.main([*flags, "--lora_rank", "8"])
+    with pytest.raises(rewards.UserError, match=r"another script's .*solver"):
+        pave_grpo.main(flags)
+    state, optimizer = (
+        (checkpoint / "state.json").read_text(),
+        (checkpoint / "optimizer.safetensors").read_bytes(),
+    )
+    damages = {
+        "weights.safetensors": [b"", None],
+        "optimizer.safetensors": [b"no tensors", None],
+        "state.json": [
+            b"{",
+            b"[]",
+            b"3",
+            b"{}",
+            b"\xff",
+            state.encode()[:-9],
+            None,
+            state.replace('"seed"', '"seeds"').encode(),
+        ],
+    }
+    for name, contents in damages.items():
+        whole = (checkpoint / name).read_bytes()
+        for content in (*contents, whole[: len(whole) // 2]):
+            (checkpoint / name).unlink() if content is None else (checkpoint / name).write_bytes(
+                content
+            )
+            with pytest.raises(
+                rewards.UserError,
+                match=r"/checkpoint is missing, damaged or.*without it, checkpoint\.prev",
+            ):
+                vgrpo.main(flags)
+            assert content is None or (checkpoint / name).read_bytes() == content, "untouched"
+            (checkpoint / name).write_bytes(whole)
+    tensors = safetensors.torch.load(optimizer)
+    halved = {key: x[:1] if x.dim() else x for key, x in tensors.items()}
+    safetensors.torch.save_file(halved, checkpoint / "optimizer.safetensors")
+    with pytest.raises(rewards.UserError, match="other weights"):
+        vgrpo.main(flags)
+    shutil.rmtree(checkpoint)  # as the sentence says: the one before is used
+    lines = run(tmp_path, *flags)
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    again = run(tmp_path, *flags)  # nothing left to do
+    assert untimed(again) == untimed(lines)
+
+
+HIDDEN = """
+import os, sys
+import psutil  # a library that knows its platform
+sys.modules["resource"] = None  # as on Windows
+honest = os.fsync
+def fsync(descriptor):
+    import fcntl
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(9, "Bad file descriptor")
+    honest(descriptor)
+os.fsync = fsync
+import {script}
+{script}.main(sys.argv[1:])
+"""
+
+
+@both
+def test_runs_start_and_save_without_resource_and_read_only_sync(tmp_path, script):
+    """Windows has no `resource` module and syncs only what is open for writing."""
+    flags = [*SMALL[script], "--iterations", "1", "--run_dir", str(tmp_path / "run")]
+    code = HIDDEN.format(script=script.__name__)
+    out = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / "run/checkpoint/state.json").exists()
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["mem/peak_gib"] == 0
+
+
+@both
+def test_peak_memory_has_the_platforms_unit(script, monkeypatch):
+    """ru_maxrss counts KiB on Linux and bytes on macOS."""
+    for platform, maxrss in (("linux", 3 * 2**20), ("darwin", 3 * 2**30)):
+        usage = types.SimpleNamespace(ru_maxrss=maxrss)
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(resource, "getrusage", lambda _, usage=usage: usage)
+        if not torch.cuda.is_available():
+            assert script.peak_memory_gib() == 3
