@@ -33,8 +33,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +46,8 @@ import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from rewards import (
@@ -76,9 +81,10 @@ class ModelConfig:
     resolution: int = flag(512, "image height and width, px")
     guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: embedded")
     max_sequence_length: int = flag(256, "T5 tokens of a prompt")
-    full: bool = flag(False, "train all transformer weights; --full false: LoRA")
+    full: bool = flag(False, "train all weights, sharded under torchrun; --full false: LoRA")
     lora_rank: int = flag(32, "LoRA rank")
     lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
+    lora_ff: bool = flag(False, "LoRA on the feed-forward layers too, not on attention alone")
     grad_checkpointing: bool = flag(False, "recompute activations backward: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformer block by block")
 
@@ -88,9 +94,7 @@ class DataConfig:
     _argument_group_name = "data and rewards"
     prompts: str = flag("prompts/general.txt", "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag("prompts/general.txt", "evaluation prompts, likewise")
-    reward: str = flag(
-        "hpsv2=1,clipscore=1", "name=weight,... or file.py:function; 0 = only logged"
-    )
+    reward: str = flag("hpsv2=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
 
 
 @dataclass
@@ -98,7 +102,7 @@ class SamplingConfig:
     _argument_group_name = "sampling"
     prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
-    micro_batch: int = flag(4, "images per network call; sets memory, not results")
+    sample_batch: int = flag(16, "images per network call while sampling, and per reward call")
     steps: int = flag(40, "T, solver steps per training image")
     eval_steps: int = flag(40, "solver steps per evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
@@ -107,6 +111,7 @@ class SamplingConfig:
 @dataclass
 class UpdateConfig:
     _argument_group_name = "update"
+    micro_batch: int = flag(4, "images per network call in the update; sets memory, not results")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
@@ -119,13 +124,15 @@ class UpdateConfig:
 @dataclass
 class RunConfig:
     _argument_group_name = "run"
-    iterations: int = flag(150, "iterations of sample, reward, advantage, update")
+    iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "seed of every random number")
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
     save_every: int = flag(1, "iterations between checkpoints")
+    tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go as well")
     run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME")
     resume: str = flag("", "run folder to continue, with its own flags unless they are given")
+    start_from: str = flag("", "run folder whose trained weights a new run begins with")
 
 
 @dataclass
@@ -150,33 +157,37 @@ class Config(MethodConfig, RunConfig, UpdateConfig, SamplingConfig, DataConfig, 
 SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
 MODEL_IDS = {"tiny": str(ROOT / "tiny_sd3"), "sd3": SD3, "flux": FLUX}
 PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-MAY_BE_ZERO = ("seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta")
-PRESETS = {
+MAY_BE_ZERO = (
+    "iterations", "seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta"
+)  # fmt: skip
+INITIAL_KL = "kl_beta"  # the flag that needs the initial model
+PRESETS: dict[str, dict] = {
     "tiny": dict(
         prompts="prompts/shapes_train.jsonl", eval_prompts="prompts/shapes_test.jsonl",
-        reward="shapes=1", resolution=64, max_sequence_length=1, full=True,
-        prompts_per_iter=8, group_size=12, micro_batch=96, steps=10, eval_steps=10,
-        eval_samples=4, iterations=80, lr=2e-4, sde="cps",
+        reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=8,
+        group_size=12, sample_batch=96, micro_batch=96, steps=10, eval_steps=10, eval_samples=4,
+        iterations=80, lr=2e-4, sde="cps",
     ),
     "sd3": dict(
-        guidance_scale=4.5, prompts_per_iter=16, steps=16, clip_range=1e-4, kl_beta=0.01
+        guidance_scale=4.5, prompts_per_iter=16, micro_batch=1, steps=16, clip_range=1e-4,
+        kl_beta=0.01,
     ),
     "flux": dict(
-        guidance_scale=3.5, max_sequence_length=512, lora_rank=64, lora_alpha=128,
-        grad_checkpointing=True, prompts_per_iter=8, group_size=12, steps=16, eval_steps=28,
-        iterations=300, lr=1e-4,
+        guidance_scale=3.5, lora_rank=64, lora_alpha=128, lora_ff=True,
+        grad_checkpointing=True, prompts_per_iter=8, group_size=12, micro_batch=1, steps=16,
+        eval_steps=28, iterations=300, lr=1e-4,
     ),
 }  # fmt: skip
 
 
-def default_flags(model: str, resume: str):
-    """Defaults of a preset, or the flags of the run to resume.  Raises UserError."""
-    from diffusers import DiffusionPipeline
-
+def default_flags(model: str, resume: str) -> dict:
+    """Defaults of the model's preset, or the flags of the run to resume.  Raises UserError."""
     if resume:
-        return read_checkpoint(Path(resume))[0]["config"] | {"run_dir": ""}
+        return read_checkpoint(Path(resume))["config"]
     if model in PRESETS:
         return PRESETS[model]
+    from diffusers import DiffusionPipeline
+
     pipeline = DiffusionPipeline.load_config(model).get("_class_name")
     if pipeline not in PIPELINES:
         fail(f"--model {model} is a {pipeline}; it must be one of {', '.join(PIPELINES)}.")
@@ -198,18 +209,18 @@ def parse_args(argv: list[str] | None = None) -> Config:
     chosen, _ = parser.parse_known_args(no_help)
     parser.set_defaults(**default_flags(chosen.model, chosen.resume))
     args = Config(**vars(parser.parse_args(argv)))
-    for name, value in asdict(args).items():
-        positive = type(value) not in (int, float) or 0 < value < math.inf
-        if not positive and not (value == 0 and name in MAY_BE_ZERO):
+    for name, value in vars(args).items():
+        number = type(value) in (int, float)
+        if number and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
             fail(f"--{name} is {value}; it must be positive.")
     if args.group_size < 2:
         fail("--group_size must be at least 2: advantages compare the images of a group.")
     if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
         fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
-    if args.run_dir and args.resume:
-        fail(f"--run_dir {args.run_dir} stands beside --resume: a run stays in its own folder.")
-    if args.run_dir and any(Path(args.run_dir).glob("checkpoint*/state.json")):
+    if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
         fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
+    if args.tracker != "none" and not find_spec(args.tracker):
+        fail(f"--tracker {args.tracker} needs its package: pip install tensorboard wandb.")
     images_per_prompt(args)
     return args
 
@@ -231,14 +242,22 @@ def generator_for(*draw: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def micro_batches(start: int, stop: int, size: int, label: str):
-    """Slices of at most `size` that cover start...stop, behind a progress bar."""
-    firsts = range(start, stop, size)
-    for first in tqdm(firsts, label, leave=False, disable=BAR_OFF):
-        yield slice(first, min(first + size, stop))
+def micro_batches(total: int, size: int, label: str, block: int | None = None):
+    """Slices of at most `size` that cover range(total), none across a multiple of `block`."""
+    block = block or total
+    with tqdm(total=total, desc=label, leave=False, disable=BAR_OFF) as bar:
+        for start in range(0, total, block):
+            for first in range(start, start + block, size):
+                yield slice(first, min(first + size, start + block))
+                bar.update(size)
 
 
 # ------------------------------------------------------------------------------------------- model
+def blocks(net) -> list[torch.nn.Module]:
+    """Transformer blocks of an SD3 or FLUX network: the units of compilation and sharding."""
+    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+
+
 class Model:
     """A diffusers SD3 or FLUX pipeline as the method needs it."""
 
@@ -252,25 +271,28 @@ class Model:
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
         self.evaluations = 0  # latents that went through the transformer, for nfe/*
         self.cache: dict[str, tuple[Tensor, Tensor]] = {}
-        encoders = [pipe.text_encoder, pipe.text_encoder_2, getattr(pipe, "text_encoder_3", None)]
-        self.encoders = torch.nn.ModuleList(filter(None, encoders))
         self.vae = pipe.vae.to(device)
-        # The model before training: under LoRA it shares the frozen weights; under --full it is a
-        # copy, which stays on the CPU until a KL uses it.
         self.transformer = pipe.transformer.requires_grad_(False)
-        tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
-        shared = {} if args.full else {id(tensor): tensor for tensor in tensors}
-        self.initial = copy.deepcopy(self.transformer, shared)
-        self.transformer.to(device).requires_grad_(args.full)
+        # The model before training: LoRA shares its frozen weights, --full copies it for a KL.
+        shared = [] if args.full else self.transformer.parameters()
+        memo = {id(weight): weight for weight in shared}
+        copied = getattr(args, INITIAL_KL) or not args.full
+        self.initial = copy.deepcopy(self.transformer, memo) if copied else None
+        nets = [net for net in (self.transformer, self.initial) if net is not None]
+        self.transformer.requires_grad_(args.full)
+        for net in nets:
+            if args.full and WORLD_SIZE > 1:
+                shard(net)
+            net.to(device)
         if not args.full:
             self.add_lora()
         named = self.transformer.named_parameters()
         self.trainable = {name: weight for name, weight in named if weight.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        for net in (self.transformer, self.initial) if args.compile else ():
+        if args.compile:
             torch._dynamo.config.recompile_limit = 64  # a block has more variants than 8
-            for block in [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]:
+            for block in [block for net in nets for block in blocks(net)]:
                 block.compile()
 
     def add_lora(self) -> None:
@@ -279,6 +301,8 @@ class Model:
 
         layers = ["to_q", "to_k", "to_v", "to_out.0"]
         layers += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        if self.args.lora_ff:
+            layers += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
         sizes = {"r": self.args.lora_rank, "lora_alpha": self.args.lora_alpha}
         config = LoraConfig(target_modules=layers, init_lora_weights="gaussian", **sizes)
         with torch.random.fork_rng([]):  # peft draws from the global generator
@@ -289,25 +313,33 @@ class Model:
                 weight.data = weight.data.float()
 
     @torch.no_grad()
-    def cache_prompts(self, prompts: list[str]) -> None:
-        """Encodes what is not cached; the encoders (T5: 9.5 GB) visit the device only for that."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+    def cache_prompts(self, prompts) -> None:
+        """Makes the cache hold these prompts alone, in host memory, a few MB each.
+        The encoders (T5: 9.5 GB) visit the device only to encode the new ones.
+        """
+        prompts = dict.fromkeys(prompts)
+        self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt in self.cache}
+        new = [prompt for prompt in prompts if prompt not in self.cache]
         if not new:
             return
-        options: dict = (
-            {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
-        )
-        options |= {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
-        self.encoders.to(self.device)
+        parts = self.pipe.components.items()
+        encoders = [part for name, part in parts if part and name.startswith("text_encoder")]
+        options = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
+        if not self.is_flux:
+            options |= {"prompt_3": None, "do_classifier_free_guidance": False}
+        for encoder in encoders:
+            encoder.to(self.device)
         for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF):
             encoded = self.pipe.encode_prompt(prompt, None, **options)
             context, pooled = encoded[0], encoded[1 if self.is_flux else 2]
             self.cache[prompt] = context[0].cpu(), pooled[0].cpu()
-        self.encoders.to("cpu")
+        for encoder in encoders:
+            encoder.to("cpu")
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached."""
-        self.cache_prompts(prompts)
+        if not self.cache.keys() >= set(prompts):
+            self.cache_prompts([*self.cache, *prompts])
         parts = zip(*[self.cache[prompt] for prompt in prompts], strict=True)
         context, pooled = (torch.stack(part).to(self.device) for part in parts)
         return context, pooled
@@ -318,7 +350,7 @@ class Model:
         Returns v like x_t. If the text encoders are bf16 (CUDA), the transformer autocasts.
         """
         self.evaluations += len(x_t)
-        net = self.initial.to(self.device) if initial else self.transformer
+        net = self.initial if initial else self.transformer
         copies = len(x_t) // len(cond[0])
         context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         x, t = x_t.float(), t.float().expand(len(x_t))
@@ -335,9 +367,8 @@ class Model:
         axes = [torch.arange(length, device=x.device) for length in (1, h, w)]
         img_ids = torch.cartesian_prod(*axes).to(x)
         txt_ids = x.new_zeros(context.shape[1], 3)
-        guidance = None
-        if net.config.guidance_embeds:
-            guidance = torch.full_like(t, self.args.guidance_scale)
+        scale = torch.full_like(t, self.args.guidance_scale)
+        guidance = scale if net.config.guidance_embeds else None
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance, return_dict=False)[0]
         return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
@@ -356,6 +387,11 @@ class Model:
 
         return guided
 
+    def sync_gradients(self, now: bool) -> None:
+        """Sharded weights exchange gradients at this backward, or keep them until a later one."""
+        if isinstance(self.transformer, FSDPModule):
+            self.transformer.set_requires_gradient_sync(now)
+
     def noise(self, draws: list[tuple]) -> Tensor:
         """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
         latents = [torch.randn(self.latent_shape, generator=generator_for(*draw)) for draw in draws]
@@ -370,16 +406,21 @@ class Model:
 
     def save(self, folder: Path) -> str:
         """Saves the weights (LoRA; --full: all) for diffusers; returns the line that loads them."""
+        path, net = folder.as_posix(), self.transformer
+        weights = whole(net.state_dict() if self.args.full else self.trainable)
+        if RANK > 0:
+            return ""
         if self.args.full:
-            self.transformer.save_pretrained(folder / "transformer")
-            name = type(self.transformer).__name__
-            return f'pipe.transformer = {name}.from_pretrained("{folder.as_posix()}/transformer")'
-        metadata = self.transformer.peft_config["default"].to_dict()  # holds rank and alpha
-        layers = {}
-        for name, weight in self.trainable.items():
-            layers[name.replace(".default.", ".")] = weight.detach()
+            net.save_config(folder / "transformer")
+            file = folder / "transformer/diffusion_pytorch_model.safetensors"
+            safetensors.torch.save_file(weights, file, {"format": "pt"})
+            return (
+                f'pipe.transformer = type(pipe.transformer).from_pretrained("{path}/transformer")'
+            )
+        layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
+        metadata = net.peft_config["default"].to_dict()  # holds rank and alpha
         self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
-        return f'pipe.load_lora_weights("{folder.as_posix()}")'
+        return f'pipe.load_lora_weights("{path}")'
 
 
 def load_model(args: Config, device: torch.device) -> Model:
@@ -394,8 +435,8 @@ def load_model(args: Config, device: torch.device) -> Model:
     parts = diffusers.DiffusionPipeline.load_config(path)
     absent = {name: None for name, part in parts.items() if part == [None, None]}  # a missing T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtypes = {"transformer": torch.float32 if args.full else half, "vae": torch.float32}
-    dtypes["default"] = half
+    trained = torch.float32 if args.full else half
+    dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
     return Model(pipe, args, device)
 
@@ -413,18 +454,24 @@ def images_per_prompt(args) -> int:
         fail("--splits must be different integers of at least 2.")
     if args.sde == "cps" and args.eta > 1:
         fail("--eta must be at most 1 with --sde cps.")
+    if args.target == "coupled" and args.update_epochs * args.num_minibatches > 1:
+        fail("--target coupled needs one gradient step: --update_epochs 1 --num_minibatches 1.")
     return args.group_size * (len(trained) if args.rollout == "branch" else 1)
 
 
 @dataclass
 class Batch:
-    """What one iteration holds on this process: transitions from n latents, prompt-major."""
+    """What one iteration holds on this process: transitions from n starts, prompt-major."""
 
     lines: list[dict]  # n prompt lines, one a start: of branches a prompt, of paths a sample
-    x_0: Tensor  # (n K G, C, H, W) final latents of branches, (n, C, H, W) of paths
+    x_0: Tensor  # (n, K G, C, H, W) final latents of branches, (n, 1, C, H, W) of paths
     x_t: Tensor  # (n, K, C, H, W) before each stochastic step
     x_s: Tensor  # (n, K, M, C, H, W) after it: M = G branches, or M = 1 path
     adv: Tensor | None = None  # (n, K, M) advantages
+    logp_old: Tensor | None = None  # (n, K, 1 + |S|, M); None: theta is theta_old
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(*[None if held is None else held[rows] for held in vars(self).values()])
 
 
 def ode_path(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> list[Tensor]:
@@ -442,7 +489,7 @@ def ode_path(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> list[Tensor]
 def generate(model: Model, lines, draws, sigmas, args) -> Tensor:
     """Final latents (n, C, H, W) of n prompts from n named noises, in micro-batches."""
     x_0 = []
-    for part in micro_batches(0, len(lines), args.micro_batch, "sample"):
+    for part in micro_batches(len(lines), args.sample_batch, "sample"):
         velocity_fn, noise = model.velocity_fn(lines[part]), model.noise(draws[part])
         x_0.append(ode_path(velocity_fn, noise, sigmas)[-1])
     return torch.cat(x_0)
@@ -544,19 +591,17 @@ def branch_rollout(
     """
     prompts = len(x)
     x_0, x_s = torch.empty_like(noise), torch.empty_like(noise)
-    x_t = torch.empty_like(noise[:, :, 0])
     path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
     for k, i in enumerate(sde_steps):
         v = velocity_fn(path[i], sigmas[i])
         times = (sigmas[i], sigmas[i + 1])
         mean, std = sde_step(path[i], v, *times, eta, sigmas[1], kind)
-        x_t[:, k] = path[i]
         x_s[:, k] = mean[:, None] + std * noise[:, k]
         branches = rearrange(x_s[:, k], "p g ... -> (g p) ...")
         parts = branches.split(max(1, micro_batch // prompts) * prompts)
         ends = [ode_path(velocity_fn, part, sigmas[i + 1 :])[-1] for part in parts]
         x_0[:, k] = rearrange(torch.cat(ends), "(g p) ... -> p g ...", p=prompts)
-    return x_0, x_t, x_s
+    return x_0, torch.stack([path[i] for i in sde_steps], dim=1), x_s
 
 
 @torch.no_grad()
@@ -564,29 +609,26 @@ def sample(model: Model, prompts, sigmas, args, iteration) -> Batch:
     """Groups of transitions from each prompt: branches off one ODE path, or G SDE paths.
     prompts: slot -> prompt line, the slots of this process;  sigmas: (T + 1,)
     """
-    branch = args.rollout == "branch"
-    starts: list[tuple] = [(slot,) for slot in prompts]  # of a rollout, as its noise is named
-    if not branch:
+    if args.rollout == "branch":
+        starts: list[tuple] = [(slot,) for slot in prompts]  # as their noise is named
+        samples = args.group_size
+        rollout: Callable = partial(branch_rollout, micro_batch=args.sample_batch)
+    else:
         starts = [(slot, i) for slot in prompts for i in range(args.group_size)]
-    lines = [prompts[slot] for slot, *_ in starts]
-    branches = args.group_size if branch else 1
+        samples, rollout = 1, sde_rollout
+    lines = [prompts[start[0]] for start in starts]
     trained = range(len(args.sde_steps))
-    steps = [(k, m) for k in trained for m in range(branches)]
-    draw, paths = (args.seed, iteration), []
-    size = max(1, args.micro_batch // branches)
-    for part in micro_batches(0, len(starts), size, "sample"):
+    steps = [(k, m) for k in trained for m in range(samples)]
+    draw = (args.seed, iteration)
+    found = []
+    for part in micro_batches(len(starts), max(1, args.sample_batch // samples), "sample"):
         x = model.noise([(*draw, "noise", *start) for start in starts[part]])
         names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
-        noise = model.noise(names)
-        noise = rearrange(noise, "(n k m) ... -> n k m ...", n=len(x), m=branches)
-        velocity_fn = model.velocity_fn(lines[part])
-        inputs = (velocity_fn, x, sigmas, args.sde_steps, noise, args.eta, args.sde)
-        if branch:
-            paths.append(branch_rollout(*inputs, args.micro_batch))
-        else:
-            paths.append(sde_rollout(*inputs))
-    x_0, x_t, x_s = (torch.cat(states) for states in zip(*paths, strict=True))
-    return Batch(lines, x_0.view(-1, *model.latent_shape), x_t, x_s)
+        noise = rearrange(model.noise(names), "(n k m) ... -> n k m ...", n=len(x), m=samples)
+        inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
+        found.append(rollout(*inputs, args.eta, args.sde))
+    x_0, x_t, x_s = map(torch.cat, zip(*found, strict=True))
+    return Batch(lines, x_0.view(len(starts), -1, *model.latent_shape), x_t, x_s)
 
 
 def pave_loss(
@@ -619,101 +661,99 @@ def pave_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def score_transition(velocity_fn, x_t, x_s, times: tuple, args, targets=None) -> tuple:
-    """Log-densities of one stored transition, for k = 1 and each k in S.
-    x_t: (B, C, H, W);  x_s: (B, M, C, H, W);  times: sigma, sigma_next, sigma_1
-    targets: what is scored for each k, of theta_old; None = x_s, or with --target coupled (ours),
-    for k > 1, the noise of x_s on the mean of k: mean_k + std_k (x_s - mean_1) / std_1, frozen
-    Returns logp (1 + |S|, B M), targets, and mean (B, C, H, W) and std of k = 1.
+def gaussians(velocity_fn, batch: Batch, k: int, args, splits: list[int]) -> list[tuple]:
+    """Means and stds of the k-th trained step of a rollout: see decomposed_transitions."""
+    sigmas = sigma_grid(args.steps, args.shift).to(batch.x_t)
+    sigma, sigma_next = sigmas[args.sde_steps[k] :][:2]
+    noise_level = (args.eta, sigmas[1], args.sde)
+    x_t = batch.x_t[:, k]
+    return decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, *noise_level)
+
+
+def score_transition(transitions, x_s: Tensor, target: str) -> Tensor:
+    """Log-densities (1 + |S|, B M) of stored samples x_s (B, M, C, H, W), k = 1 first.
+    target: what finer transitions score: "stored" x_s itself, or "coupled" (ours), the noise of
+    x_s on their own mean: mean_k + std_k (x_s - mean_1) / std_1, without gradient
     """
-    sigma, sigma_next, sigma_1 = times
-    gaussians = decomposed_transitions(
-        velocity_fn, x_t, sigma, sigma_next, args.splits, args.eta, sigma_1, args.sde
-    )
     samples = x_s.shape[1]
-    means = [repeat(mean, "b ... -> (b m) ...", m=samples) for mean, _ in gaussians]
-    stds = [std for _, std in gaussians]
-    if targets is None:
-        targets = [x_s.flatten(0, 1)] * len(means)
-        if args.target == "coupled":
-            noise = (targets[0] - means[0].detach()) / stds[0]
-            finer = zip(means[1:], stds[1:], strict=True)
-            targets[1:] = [mean.detach() + std * noise for mean, std in finer]
-    scored = zip(targets, means, stds, strict=True)
-    logp = torch.stack([gaussian_logp(x, mean, std) for x, mean, std in scored])
-    return logp, targets, gaussians[0]
+    logps: list[Tensor] = []
+    for mean, std in transitions:
+        x, mean = x_s.flatten(0, 1), repeat(mean, "b ... -> (b m) ...", m=samples)
+        if not logps:
+            noise = (x - mean.detach()) / std
+        elif target == "coupled":
+            x = mean.detach() + std * noise
+        logps.append(gaussian_logp(x, mean, std))
+    return torch.stack(logps)
 
 
-def backward_transition(
-    velocity_fn, initial_fn, x_t, x_s, adv, times: tuple, args, share: float, old: tuple
-) -> Tensor:
-    """Adds the gradient of share * pave_loss of one transition, from x_t to the M samples x_s.
-    adv: (B, M);  old: logp and targets of theta_old, None and None if it is theta
+def backward_transition(velocity_fn, initial_fn, batch: Batch, k: int, args, share) -> Tensor:
+    """Adds the gradient of share * pave_loss of the k-th trained step of B starts.
     KL = mean_d (mean - mean_ref)^2 / (2 std^2), on k = 1, to the initial model
     Returns logp_old, logp_new and the KL, (3 + 2 |S|, B, M).
     """
-    logp_old, targets = old
-    logp, _, (mean, std) = score_transition(velocity_fn, x_t, x_s, times, args, targets)
-    if logp_old is None:
-        logp_old = logp.detach()
+    adv = batch.adv[:, k]
+    transitions = gaussians(velocity_fn, batch, k, args, args.splits)
+    logp = score_transition(transitions, batch.x_s[:, k], args.target)
+    logp_old = logp.detach()
+    if batch.logp_old is not None:
+        logp_old = rearrange(batch.logp_old[:, k], "b s m -> s (b m)")
     kl = torch.zeros_like(adv).flatten()
     if args.kl_beta:
-        sigma, sigma_next, sigma_1 = times
         with torch.no_grad():
-            v = initial_fn(x_t, sigma)
-            mean_ref, _ = sde_step(x_t, v, sigma, sigma_next, args.eta, sigma_1, args.sde)
+            ((mean_ref, _),) = gaussians(initial_fn, batch, k, args, [])
+        mean, std = transitions[0]
         difference = (mean - mean_ref) ** 2 / (2 * std**2)
-        kl = repeat(difference.flatten(1).mean(dim=1), "b -> (b m)", m=adv.shape[1])
+        kl = difference.flatten(1).mean(dim=1).repeat_interleave(adv.shape[1])
     clip_range = args.clip_range or None
     loss, _ = pave_loss(logp, logp_old, adv.flatten(), clip_range, kl, args.kl_beta)
     (share * loss).backward()
-    found = torch.cat([logp_old, logp, kl[None]])
-    return found.detach().unflatten(1, adv.shape)
+    terms = torch.cat([logp_old, logp, kl[None]]).detach()
+    return terms.unflatten(1, adv.shape)
+
+
+@torch.no_grad()
+def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
+    """Log-densities of theta_old, in the update's micro-batches: the first ratio is 1 exactly."""
+    starts, trained, samples = batch.adv.shape
+    batch.logp_old = batch.adv.new_empty(starts, trained, 1 + len(args.splits), samples)
+    for rows in micro_batches(starts, args.micro_batch, "theta_old", minibatch):
+        part = batch[rows]
+        velocity_fn = model.velocity_fn(part.lines)
+        for k in range(trained):
+            transitions = gaussians(velocity_fn, part, k, args, args.splits)
+            logp = score_transition(transitions, part.x_s[:, k], args.target)
+            batch.logp_old[rows, k] = rearrange(logp, "s (b m) -> b s m", m=samples)
 
 
 def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor]:
     """Gradient steps on the stored transitions: update_epochs passes over the minibatches.
     batch: with adv;  step: one optimizer step on the gradients so far, which it sets to zero
-    theta_old, pass -1, has the same micro-batches, so the first ratio is 1 to the last bit.
-    Returns the metrics of all transitions of all processes in every pass.
+    Returns the metrics of all transitions of this process in every pass.
     """
-    sigmas = sigma_grid(args.steps, args.shift).to(batch.x_t)
     total, minibatch = len(batch.lines), len(batch.lines) // args.num_minibatches
-    evaluations = 1 + sum(k - 1 for k in args.splits)  # of a transition, all in one graph
-    size = max(1, args.micro_batch // evaluations)
-    old: dict[tuple, tuple] = {}  # logp and targets of theta_old, if it is not theta
-    first_pass = -1 if total > minibatch or args.update_epochs > 1 else 0
-    rows_of_terms = 3 + 2 * len(args.splits)  # logp_old and logp_new of each k, and the KL
-    terms = batch.adv.new_zeros(rows_of_terms, args.update_epochs, *batch.adv.shape)
-    for epoch in range(first_pass, args.update_epochs):
-        for first in range(0, total, minibatch):
-            for rows in micro_batches(first, first + minibatch, size, "update"):
-                velocity_fn = model.velocity_fn(batch.lines[rows])
-                initial_fn = model.velocity_fn(batch.lines[rows], initial=True)
-                for k, i in enumerate(args.sde_steps):
-                    times = (sigmas[i], sigmas[i + 1], sigmas[1])
-                    x_t, x_s = batch.x_t[rows, k], batch.x_s[rows, k]
-                    adv = batch.adv[rows, k]
-                    if epoch < 0:
-                        with torch.no_grad():
-                            found = score_transition(velocity_fn, x_t, x_s, times, args)
-                        old[rows.start, k] = found[:2]
-                        continue
-                    share = len(x_t) / (minibatch * len(args.sde_steps) * WORLD_SIZE)
-                    stored = old.get((rows.start, k), (None, None))
-                    inputs = (velocity_fn, initial_fn, x_t, x_s, adv, times)
-                    result = backward_transition(*inputs, args, share, stored)
-                    terms[:, epoch, rows, k] = result
-            if epoch >= 0:
+    if args.update_epochs * args.num_minibatches > 1:
+        store_old(model, batch, args, minibatch)
+    trained = len(args.sde_steps)
+    found = 3 + 2 * len(args.splits)  # logp_old of each k, logp_new of each k, KL
+    terms = batch.adv.new_zeros(found, args.update_epochs, *batch.adv.shape)
+    for epoch in range(args.update_epochs):
+        for rows in micro_batches(total, args.micro_batch, "update", minibatch):
+            part = batch[rows]
+            velocity_fn = model.velocity_fn(part.lines)
+            initial_fn = model.velocity_fn(part.lines, initial=True)
+            last = rows.stop % minibatch == 0
+            model.sync_gradients(last)
+            share = len(part.lines) / (minibatch * trained * WORLD_SIZE)
+            for k in range(trained):
+                inputs = (velocity_fn, initial_fn, part, k, args, share)
+                terms[:, epoch, rows, k] = backward_transition(*inputs)
+            if last:
                 step()
-    starts = 1 if args.rollout == "branch" else args.group_size  # of a prompt
-    terms = gather(rearrange(terms, "c e (p s) k m -> p c e s k m", s=starts))
-    terms = rearrange(terms, "p c e s k m -> c (e p s k m)")
-    adv = gather(rearrange(batch.adv, "(p s) k m -> p s k m", s=starts)).flatten()
-    logp_old, logp_new = terms[:-1].chunk(2)
-    everyone = adv.repeat(args.update_epochs)
-    kl = (terms[-1], args.kl_beta)
-    return pave_loss(logp_new, logp_old, everyone, args.clip_range or None, *kl)[1]
+    *logps, kl = terms.flatten(1)
+    logp_old, logp_new = torch.stack(logps).chunk(2)
+    adv, clip_range = batch.adv.flatten().repeat(args.update_epochs), args.clip_range or None
+    return pave_loss(logp_new, logp_old, adv, clip_range, kl, args.kl_beta)[1]
 
 
 # --------------------------------------------------------------------------- evaluation and images
@@ -723,100 +763,97 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
     x_0: (n, C, H, W);  lines: n prompt lines;  per_prompt: images of a prompt, one after the other
     Returns name -> (N,), those of all processes, prompt-major.  Raises UserError.
     """
-    here = {name: x_0.new_empty(len(lines)) for name in reward_fns}
-    for rows in micro_batches(0, len(lines), args.micro_batch, "reward"):
-        images = model.decode(x_0[rows])
-        rewards = compute_rewards(reward_fns, images, lines[rows], args.micro_batch)
-        for name, reward in rewards.items():
-            here[name][rows] = reward
-    for name, reward in here.items():
-        here[name] = gather(reward.view(-1, per_prompt)).flatten()
-    return here
+    found: dict[str, list[Tensor]] = {name: [] for name in reward_fns}
+    for rows in micro_batches(len(lines), args.sample_batch, "reward"):
+        images = [model.decode(part) for part in x_0[rows].split(args.micro_batch)]
+        scores = compute_rewards(reward_fns, torch.cat(images), lines[rows], args.sample_batch)
+        for name, reward in scores.items():
+            found[name].append(reward)
+    rewards = {}
+    for name, parts in found.items():
+        here = torch.cat(parts).view(-1, per_prompt)
+        rewards[name] = gather(here).flatten()
+    return rewards
 
 
 @torch.no_grad()
-def evaluate(model: Model, args, lines, reward_fns, path) -> dict[str, float]:
-    """Mean rewards, from the same noise at every evaluation; at path, a grid of 12 prompts.
+def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict[str, float]:
+    """Mean rewards, from the same noise at every evaluation, and samples/iter_XXXX.png.
     Process r makes every WORLD_SIZE-th image from r on; where that does not divide, the first
     images are made twice and counted once.
     """
     total = len(lines) * args.eval_samples
-    padded = -(-total // WORLD_SIZE) * WORLD_SIZE
+    padded = math.ceil(total / WORLD_SIZE) * WORLD_SIZE
     here = [i % total for i in range(RANK, padded, WORLD_SIZE)]
     prompts = [lines[i % len(lines)] for i in here]
     draws = [("eval", i % len(lines), i // len(lines)) for i in here]
     sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
     x_0 = generate(model, prompts, draws, sigmas, args)
     rewards = score(model, x_0, prompts, reward_fns, args)
-    shown = gather(x_0)[: min(12, len(lines))]
     if RANK == 0:
-        images = [model.decode(latents) for latents in shown.split(args.micro_batch)]
-        captions = [line["prompt"] for line in lines]
-        image_grid(torch.cat(images), captions).save(path)
-    scores = {}
-    for name, reward in rewards.items():
-        scores[f"eval/{name}"] = reward[:total].mean().item()
-    return scores
+        images = [model.decode(part) for part in x_0[:12].split(args.micro_batch)]
+        captions = [line["prompt"] for line in prompts[:12]]
+        grid = image_grid(torch.cat(images), captions)
+        grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
+    means = {name: reward[:total].mean().item() for name, reward in rewards.items()}
+    return {f"eval/{name}": mean for name, mean in means.items()}
 
 
 # -------------------------------------------------------------------------- checkpoint and logging
-def save_checkpoint(run_dir: Path, iteration: int, info: dict, model: Model, optimizer) -> None:
-    """Writes run_dir/checkpoint, synced, then renamed; the one before becomes checkpoint.prev."""
-    new, final, previous = (run_dir / f"checkpoint{end}" for end in (".tmp", "", ".prev"))
-    weights = {name: weight.data for name, weight in model.trainable.items()}
-    moments: dict[str, Tensor] = {}
+CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
+
+
+def save_checkpoint(run_dir: Path, iteration: int, args, model: Model, optimizer) -> None:
+    """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
+    tensors = {}
     for name, weight in model.trainable.items():
-        state = optimizer.state[weight]
-        moments |= {f"{name}.{key}": value for key, value in state.items()}
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    safetensors.torch.save_file(weights, new / "weights.safetensors")
-    safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-    state = json.dumps({"iteration": iteration} | info)
-    (new / "state.json").write_text(state, encoding="utf-8")
-    for path in new.iterdir():
-        with path.open("r+b") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        final.rename(previous)
-    new.rename(final)
+        tensors[name] = weight.data
+        for key, value in optimizer.state[weight].items():
+            tensors[f"{name}.{key}"] = value
+    tensors = whole(tensors)
+    if RANK > 0:
+        return
+    path = run_dir / CHECKPOINT
+    new = path.with_suffix(".new")
+    state = {"iteration": iteration, "config": vars(args)}
+    safetensors.torch.save_file(tensors, new, {"state": json.dumps(state)})
+    with new.open("r+b") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
-def read_checkpoint(run_dir: Path, *files: str) -> list[dict]:
-    """state.json and tensor files of the last checkpoint that a kill left whole.  UserError."""
-    folder = run_dir / "checkpoint"
-    if not folder.exists() and (run_dir / "checkpoint.prev").exists():
-        folder = run_dir / "checkpoint.prev"
+def read_checkpoint(run_dir: Path) -> dict:
+    """The JSON of a checkpoint: its iteration, its flags as "config".  Raises UserError."""
+    path = run_dir / CHECKPOINT
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        with safetensors.safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
         Config(**state["config"])  # a TypeError names a flag that is not of this script
-        int(state["iteration"])
-        return [state, *[safetensors.torch.load_file(folder / f"{f}.safetensors") for f in files]]
-    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
-        reason = f"is missing, damaged or another script's ({error})"
-    fail(f"{folder} {reason}; without it, checkpoint.prev is used.")
+        return state
+    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        reason = error
+    fail(f"{path} is missing, damaged or another script's ({reason}).")
 
 
-def load_checkpoint(run_dir: Path, args: Config, model: Model, optimizer) -> int:
-    """Restores the checkpoint of run_dir; returns its iteration.  Raises UserError."""
-    state, weights, moments = read_checkpoint(run_dir, "weights", "optimizer")
+def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
+    """Restores weights, and the optimizer if one is given; returns the iteration.  UserError."""
+    state = read_checkpoint(run_dir)
+    saved = safetensors.torch.load_file(run_dir / CHECKPOINT)
     for name, weight in model.trainable.items():
-        saved, mean = weights.get(name), moments.get(f"{name}.exp_avg", weight)
-        if saved is None or not saved.shape == weight.shape == mean.shape:
-            config = state["config"]
-            saved_as = {name: config.get(name) for name in ("model", "full", "lora_rank")}
-            fail(f"--resume: {run_dir} holds other weights, of a run with {saved_as}.")
-        weight.data.copy_(saved)
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
-        values = {key: moments[f"{name}.{key}"] for key in keys}  # AdamW keeps step on the CPU
-        for key in values.keys() - {"step"}:
-            values[key] = values[key].to(weight.device)
-        optimizer.state[weight] = values
+        if name not in saved or saved[name].shape != weight.shape:
+            flags = {key: state["config"][key] for key in ("model", "full", "lora_rank")}
+            fail(f"{run_dir} holds other weights, of a run with {flags}.")
+        weight.data.copy_(part_of(saved[name], weight))
+        if optimizer and f"{name}.step" in saved:
+            optimizer.state[weight] = {
+                "step": saved[f"{name}.step"],  # AdamW keeps it on the CPU
+                "exp_avg": part_of(saved[f"{name}.exp_avg"], weight),
+                "exp_avg_sq": part_of(saved[f"{name}.exp_avg_sq"], weight),
+            }
     return state["iteration"]
 
 
-def open_run(args: Config, done: int, info: dict):
+def open_run(args: Config, done: int):
     """The run's folder and its open metrics.jsonl; only rank 0 writes.
     After a resume, lines newer than the checkpoint are dropped: one line an iteration, from 0.
     """
@@ -825,25 +862,46 @@ def open_run(args: Config, done: int, info: dict):
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     if RANK > 0:
         return run_dir, open(os.devnull, "w")
-    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    for folder in ("samples", "checkpoint"):
+        (run_dir / folder).mkdir(parents=True, exist_ok=True)
     shutil.copy(script, run_dir)
-    (run_dir / "config.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    config = json.dumps(vars(args), indent=1)
+    (run_dir / "config.json").write_text(config, encoding="utf-8")
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if done else []
     path.write_bytes(b"".join(lines[: done + 1]))
     return run_dir, path.open("a", buffering=1, newline="\n")
 
 
-def peak_memory_gib() -> float:
-    """Peak memory so far, GiB: of CUDA's allocator, else of the process (Windows: 0)."""
+def open_tracker(args: Config, run_dir: Path):
+    """TensorBoard's writer into the run folder, or None; W&B reads along.   [--tracker]"""
+    if args.tracker == "none" or RANK > 0:
+        return None
+    if args.tracker == "wandb":
+        import wandb
+
+        wandb.init(dir=run_dir, name=run_dir.name, config=vars(args), sync_tensorboard=True)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir))
+
+
+def record(metrics: dict, log, tracker) -> None:
+    """Writes a line of metrics.jsonl, and the same numbers to the tracker."""
+    print(json.dumps(metrics), file=log)
+    for name, value in metrics.items() if tracker else ():
+        tracker.add_scalar(name, value, metrics["iteration"])
+
+
+@contextmanager
+def stage(name: str, model: Model, metrics: dict, images: int):
+    """Measures what runs inside: time/NAME, s, and nfe/NAME, network evaluations an image."""
+    started, evaluations = time.perf_counter(), model.evaluations
+    yield
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        torch.cuda.synchronize()
+    metrics[f"time/{name}"] = time.perf_counter() - started
+    metrics[f"nfe/{name}"] = (model.evaluations - evaluations) / images
 
 
 # ------------------------------------------------------------------------------------- distributed
@@ -854,14 +912,33 @@ def start_processes() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        options = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
+        dist.init_process_group(timeout=timedelta(hours=4), **options)  # slow rewards, big saves
     return device
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sums the tensor over all processes, in place, and returns it."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
+def shard(net) -> None:
+    """Splits weights, gradients and optimizer over the processes, block by block.   [FSDP2]"""
+    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (WORLD_SIZE,))
+    for unit in [*blocks(net), net]:
+        fully_shard(unit, mesh=mesh)
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full CPU copies of tensors that may be sharded; of process 0, empty elsewhere."""
+    full = {}
+    for name, tensor in tensors.items():
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if RANK == 0:
+            full[name] = gathered.detach().cpu().contiguous()
+    return full
+
+
+def part_of(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A full tensor as weight is: on its device, and this process's part if it is sharded."""
+    tensor = tensor.to(weight.device)
+    if isinstance(weight, DTensor):
+        return distribute_tensor(tensor, weight.device_mesh, weight.placements)
     return tensor
 
 
@@ -869,7 +946,19 @@ def gather(here: Tensor) -> Tensor:
     """Rows of all processes, (n, ...) -> (N, ...): row i of process r becomes i WORLD_SIZE + r."""
     everyone = here.new_zeros(len(here) * WORLD_SIZE, *here.shape[1:])
     everyone[RANK::WORLD_SIZE] = here
-    return all_reduce(everyone)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(everyone)
+    return everyone
+
+
+def average(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics over all processes: the mean of means, the largest of maxima ("max" in the name)."""
+    averaged = {}
+    for name, value in metrics.items():
+        values = gather(value.view(1))
+        value = values.max() if "max" in name else values.mean()
+        averaged[name] = value.item()
+    return averaged
 
 
 def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
@@ -878,9 +967,12 @@ def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
     """
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:
-        if weight.grad is not None:
-            all_reduce(weight.grad)
-    norms.append(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item())
+        if isinstance(weight, DTensor):
+            weight.grad *= WORLD_SIZE  # FSDP2 averages, and shares hold 1 / WORLD_SIZE already
+        elif WORLD_SIZE > 1 and weight.grad is not None:
+            dist.all_reduce(weight.grad)
+    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+    norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
     if math.isfinite(norms[-1]):
         optimizer.step()
     elif len(norms) >= 3 and not any(map(math.isfinite, norms[-3:])):
@@ -890,45 +982,13 @@ def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
 
 # -------------------------------------------------------------------------------------------- main
 def prompt_schedule(lines: list[dict], args: Config) -> list[dict]:
-    """The prompts of all iterations: endless reshuffled passes over the prompt file."""
-    total = args.iterations * args.prompts_per_iter
-    orders = []
-    for number in range(-(-total // len(lines))):
-        generator = generator_for(args.seed, number, "prompts")
-        orders.append(torch.randperm(len(lines), generator=generator))
-    return [lines[i] for i in torch.cat(orders)[:total].tolist()]
-
-
-def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM append to; the same signal again ends the process at once."""
-    caught: list[int] = []
-
-    def handler(number, _frame):
-        signal.signal(number, signal.SIG_DFL)
-        caught.append(number)
-        os.write(2, b"Stopping after this iteration.\n")
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return caught
-
-
-def run_metrics(args: Config, norms: list, marks: list, images: int) -> dict:
-    """Optimizer, memory, and seconds and evaluations of each stage from the marks at its ends."""
-    steps = args.update_epochs * args.num_minibatches
-    finite = [norm for norm in norms[-steps:] if math.isfinite(norm)]  # others were not stepped on
-    seconds, evaluations = zip(*marks, strict=True)
-    return {
-        "optim/lr": args.lr,
-        "optim/grad_norm": sum(finite) / max(1, len(finite)),
-        "optim/skipped_steps": steps - len(finite),
-        "time/sample": seconds[1] - seconds[0],
-        "time/reward": seconds[2] - seconds[1],
-        "time/update": seconds[3] - seconds[2],
-        "nfe/sample": (evaluations[1] - evaluations[0]) / images,
-        "nfe/update": (evaluations[3] - evaluations[2]) / images,
-        "mem/peak_gib": peak_memory_gib(),
-    }
+    """The prompts of all iterations: reshuffled passes over the prompt file."""
+    schedule: list[dict] = []
+    while len(schedule) < args.iterations * args.prompts_per_iter:
+        generator = generator_for(args.seed, len(schedule) // len(lines), "prompts")
+        order = torch.randperm(len(lines), generator=generator)
+        schedule += [lines[i] for i in order]
+    return schedule
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -936,75 +996,82 @@ def main(argv: list[str] | None = None) -> None:
     device = start_processes()
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     P, images = args.prompts_per_iter, images_per_prompt(args)
-    micro, steps = -(-P * images // WORLD_SIZE // args.micro_batch), args.update_epochs
+    steps = args.update_epochs * args.num_minibatches
     if RANK == 0:
-        print(f"{args.iterations} iterations of {P} prompts x {images} images, in {micro} "
-              f"micro-batches a process and {steps * args.num_minibatches} gradient step(s)",
-              flush=True)  # fmt: skip
+        sizes = f"{P} prompts x {images} images and {steps} gradient step(s)"
+        print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)", flush=True)
     reward_fns, reward_weights = load_rewards(args.reward)
     model = load_model(args, device)
     trainable = list(model.trainable.values())
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
-    done = load_checkpoint(Path(args.resume), args, model, optimizer) if args.resume else 0
-    libraries = ("torch", "diffusers", "transformers")
-    versions = {name: sys.modules[name].__version__ for name in libraries}
-    info = {"config": asdict(args), "versions": versions, "device": f"{WORLD_SIZE} x {device.type}"}
-    run_dir, log = open_run(args, done, info)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
+    if args.start_from and not args.resume:
+        load_checkpoint(Path(args.start_from), model)
+    done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
+    run_dir, log = open_run(args, done)
+    tracker = open_tracker(args, run_dir)
     schedule = prompt_schedule(train_lines, args)
-    upcoming = eval_lines + schedule[done * P + RANK :: WORLD_SIZE]
-    model.cache_prompts(["", *[line["prompt"] for line in upcoming]])
     sigmas = sigma_grid(args.steps, args.shift).to(device)
-    grid = run_dir / f"samples/iter_{done:04d}.png"
-    before = scores = evaluate(model, args, eval_lines, reward_fns, grid)
+    model.cache_prompts(["", *[line["prompt"] for line in eval_lines]])
+    before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir, done)
     if not done:
-        print(json.dumps({"iteration": 0} | before), file=log)
+        record({"iteration": 0} | before, log, tracker)
+        save_checkpoint(run_dir, 0, args, model, optimizer)
+
+    def stop(_number, _frame):  # draws are named: a resumed run repeats the lost iteration exactly
+        sys.exit(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
-    caught, stopped = catch_signals(), False
     numbers = range(done + 1, args.iterations + 1)
     bar = tqdm(numbers, "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
+        if iteration == done + 1 or iteration % 10 == 0:  # encode ten iterations ahead
+            ahead = eval_lines + schedule[(iteration - 1) * P : (iteration + 10) * P]
+            model.cache_prompts(["", *[line["prompt"] for line in ahead]])
         slots = range(RANK, P, WORLD_SIZE)  # whole groups of this process
         prompts = {slot: schedule[(iteration - 1) * P + slot] for slot in slots}
-        marks = [(time.perf_counter(), model.evaluations)]
+        logged: dict = {"iteration": iteration}
+        measured = partial(stage, model=model, metrics=logged, images=len(prompts) * images)
         # >>> METHOD: Algorithm 1, in its order
-        batch = sample(model, prompts, sigmas, args, iteration)
-        marks.append((time.perf_counter(), model.evaluations))
-        lines = [line for line in prompts.values() for _ in range(images)]
-        rewards = score(model, batch.x_0, lines, reward_fns, args, images)
-        marks.append((time.perf_counter(), model.evaluations))
-        adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std)
-        adv = adv.view(P, -1)[RANK::WORLD_SIZE]  # the inverse of gather
-        starts, trained, samples = batch.x_s.shape[:3]
-        adv = adv.reshape(starts, -1, samples)
-        batch.adv = adv.expand(-1, trained, -1)  # a path's advantage is that of all its steps
-        metrics |= update(model, batch, args, step)
-        marks.append((time.perf_counter(), model.evaluations))
+        with measured("sample"):
+            batch = sample(model, prompts, sigmas, args, iteration)
+        with measured("reward"):
+            lines = [line for line in prompts.values() for _ in range(images)]
+            x_0 = batch.x_0.flatten(0, 1)
+            rewards = score(model, x_0, lines, reward_fns, args, images)
+        with measured("update"):
+            adv, metrics = group_advantages(rewards, args.group_size, reward_weights, args.adv_std)
+            adv = adv.view(P, -1)[RANK::WORLD_SIZE]  # the inverse of gather
+            starts, trained, samples = batch.x_s.shape[:3]
+            adv = adv.reshape(starts, -1, samples)
+            batch.adv = adv.expand(-1, trained, -1)  # a path's advantage is that of all its steps
+            metrics |= update(model, batch, args, step)
         # <<< METHOD
-        logged = {name: float(value) for name, value in metrics.items()}
-        logged |= run_metrics(args, norms, marks, len(prompts) * images)
-        stopped = bool(all_reduce(torch.tensor(len(caught), device=device)))  # one stops all
-        last = iteration == args.iterations or stopped
+        logged |= average(metrics)
+        finite = [norm for norm in norms[-steps:] if math.isfinite(norm)]  # the steps taken
+        logged["optim/lr"] = args.lr
+        logged["optim/grad_norm"] = sum(finite) / max(1, len(finite))
+        logged["optim/skipped_steps"] = steps - len(finite)
+        logged["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # CPU: 0
         if iteration % args.eval_every == 0 or iteration == args.iterations:
-            grid = run_dir / f"samples/iter_{iteration:04d}.png"
-            scores = evaluate(model, args, eval_lines, reward_fns, grid)
+            scores = evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
             logged |= scores
-        print(json.dumps({"iteration": iteration} | logged), file=log)
-        reward, ratio = logged["reward/mean"], logged["policy/ratio_mean"]
-        bar.set_postfix(reward=f"{reward:.3f}", ratio=f"{ratio:.4f}")
-        due = iteration % args.save_every == 0 or last
-        if RANK == 0 and due and math.isfinite(norms[-1]):
-            save_checkpoint(run_dir, iteration, info, model, optimizer)
-        if last:
-            break
-    bar.close()
+        record(logged, log, tracker)
+        bar.set_postfix({name: f"{logged[name]:.4f}" for name in ("reward/mean", "time/update")})
+        due = iteration % args.save_every == 0 or iteration == args.iterations
+        if due and math.isfinite(norms[-1]):
+            save_checkpoint(run_dir, iteration, args, model, optimizer)
+    recipe = model.save(run_dir) if args.iterations else "none were trained"
     if RANK == 0:
-        print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
-        if stopped:
-            print(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
-            return
+        print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
         for name in before:
             print(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 MENDS = {
