@@ -589,13 +589,13 @@ def branch_rollout(
     micro_batch: latents a call
     Returns x_0 (P, K, G, C, H, W), x_t (P, K, C, H, W), x_s (P, K, G, C, H, W): see Batch.
     """
-    prompts = len(x)
+    prompts, noise_level = len(x), (eta, sigmas[1], kind)
     x_0, x_s = torch.empty_like(noise), torch.empty_like(noise)
     path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
     for k, i in enumerate(sde_steps):
         v = velocity_fn(path[i], sigmas[i])
         times = (sigmas[i], sigmas[i + 1])
-        mean, std = sde_step(path[i], v, *times, eta, sigmas[1], kind)
+        mean, std = sde_step(path[i], v, *times, *noise_level)
         x_s[:, k] = mean[:, None] + std * noise[:, k]
         branches = rearrange(x_s[:, k], "p g ... -> (g p) ...")
         parts = branches.split(max(1, micro_batch // prompts) * prompts)
@@ -777,7 +777,7 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
 
 
 @torch.no_grad()
-def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict[str, float]:
+def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
     """Mean rewards, from the same noise at every evaluation, and samples/iter_XXXX.png.
     Process r makes every WORLD_SIZE-th image from r on; where that does not divide, the first
     images are made twice and counted once.
@@ -791,12 +791,15 @@ def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict[
     x_0 = generate(model, prompts, draws, sigmas, args)
     rewards = score(model, x_0, prompts, reward_fns, args)
     if RANK == 0:
-        images = [model.decode(part) for part in x_0[:12].split(args.micro_batch)]
+        latents = x_0[:12].split(args.micro_batch)
+        images = torch.cat([model.decode(part) for part in latents])
         captions = [line["prompt"] for line in prompts[:12]]
-        grid = image_grid(torch.cat(images), captions)
+        grid = image_grid(images, captions)
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    means = {name: reward[:total].mean().item() for name, reward in rewards.items()}
-    return {f"eval/{name}": mean for name, mean in means.items()}
+    scores = {}
+    for name, reward in rewards.items():
+        scores[f"eval/{name}"] = reward[:total].mean().item()
+    return scores
 
 
 # -------------------------------------------------------------------------- checkpoint and logging
@@ -828,6 +831,7 @@ def read_checkpoint(run_dir: Path) -> dict:
     try:
         with safetensors.safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
+        int(state["iteration"])
         Config(**state["config"])  # a TypeError names a flag that is not of this script
         return state
     except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
@@ -880,7 +884,7 @@ def open_tracker(args: Config, run_dir: Path):
     if args.tracker == "wandb":
         import wandb
 
-        wandb.init(dir=run_dir, name=run_dir.name, config=vars(args), sync_tensorboard=True)
+        wandb.init(dir=run_dir, config=vars(args), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir))
@@ -901,7 +905,8 @@ def stage(name: str, model: Model, metrics: dict, images: int):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     metrics[f"time/{name}"] = time.perf_counter() - started
-    metrics[f"nfe/{name}"] = (model.evaluations - evaluations) / images
+    if model.evaluations > evaluations:
+        metrics[f"nfe/{name}"] = (model.evaluations - evaluations) / images
 
 
 # ------------------------------------------------------------------------------------- distributed
@@ -972,7 +977,9 @@ def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
         elif WORLD_SIZE > 1 and weight.grad is not None:
             dist.all_reduce(weight.grad)
     norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-    norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norms.append(norm.item())
     if math.isfinite(norms[-1]):
         optimizer.step()
     elif len(norms) >= 3 and not any(map(math.isfinite, norms[-3:])):
@@ -989,6 +996,19 @@ def prompt_schedule(lines: list[dict], args: Config) -> list[dict]:
         order = torch.randperm(len(lines), generator=generator)
         schedule += [lines[i] for i in order]
     return schedule
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM append to; the same signal again ends the process at once."""
+    caught: list[int] = []
+
+    def handler(number, _frame):
+        signal.signal(number, signal.SIG_DFL)
+        caught.append(number)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1017,15 +1037,9 @@ def main(argv: list[str] | None = None) -> None:
     before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir, done)
     if not done:
         record({"iteration": 0} | before, log, tracker)
-        save_checkpoint(run_dir, 0, args, model, optimizer)
-
-    def stop(_number, _frame):  # draws are named: a resumed run repeats the lost iteration exactly
-        sys.exit(f"Stopped; continue with: python {Path(__file__).name} --resume {run_dir}")
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
+    caught = catch_signals()
     numbers = range(done + 1, args.iterations + 1)
     bar = tqdm(numbers, "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
@@ -1057,14 +1071,22 @@ def main(argv: list[str] | None = None) -> None:
         logged["optim/grad_norm"] = sum(finite) / max(1, len(finite))
         logged["optim/skipped_steps"] = steps - len(finite)
         logged["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # CPU: 0
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
+        signals = gather(torch.tensor([len(caught)], device=device))
+        stopped = bool(signals.any())  # one process's signal stops all
+        last = iteration == args.iterations
+        if iteration % args.eval_every == 0 or last:
             scores = evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
             logged |= scores
         record(logged, log, tracker)
         bar.set_postfix({name: f"{logged[name]:.4f}" for name in ("reward/mean", "time/update")})
-        due = iteration % args.save_every == 0 or iteration == args.iterations
+        due = iteration % args.save_every == 0 or last or stopped
         if due and math.isfinite(norms[-1]):
             save_checkpoint(run_dir, iteration, args, model, optimizer)
+        if stopped:
+            if RANK == 0:
+                script = Path(__file__).name
+                print(f"Stopped; continue with: python {script} --resume {run_dir}")
+            return
     recipe = model.save(run_dir) if args.iterations else "none were trained"
     if RANK == 0:
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")

@@ -21,20 +21,19 @@ def planned(args) -> Planned:
     """Planned sizes of a Config of vgrpo.py or pave_grpo.py."""
     steps = args.update_epochs * args.num_minibatches
     if not isinstance(args, pave_grpo.Config):
-        # theta_old once, and theta's value of L again in every step but the first
-        off_policy = 1 + (steps - 1) / args.num_minibatches if steps > 1 else 0
+        # theta_old once, and the value of L in a first pass of every step
+        off_policy = 1 + args.update_epochs if steps > 1 else 0
         evaluations = args.update_epochs * (1 + (args.ref_kl_beta > 0)) + off_policy
         return Planned(args.group_size, args.micro_batch, args.steps, args.num_pairs * evaluations)
     images, trained = pave_grpo.images_per_prompt(args), len(args.sde_steps)
     transition = 1 + sum(k - 1 for k in args.splits)  # evaluations of one, all k share the first
-    latents = max(1, args.micro_batch // transition)
     updating = trained * args.update_epochs * (transition + (args.kl_beta > 0))
     updating += trained * transition * (steps > 1)  # theta_old
     if args.rollout == "sde":
-        return Planned(images, latents, args.steps, updating)
+        return Planned(images, args.micro_batch, args.steps, updating)
     path = max(args.sde_steps) + trained  # a prompt's ODE path and its branchings
     ends = sum(args.steps - 1 - i for i in args.sde_steps) * args.group_size
-    return Planned(images, latents, (path + ends) / images, updating / images)
+    return Planned(images, args.micro_batch, (path + ends) / images, updating / images)
 
 
 def evaluations_per_iteration(args) -> float:

@@ -304,7 +304,8 @@ def train(
             )
         batch = script.sample(old or model, prompts, sigmas, args, iteration)
         clock.append(time.perf_counter())
-        rewards = script.score(model, batch.x_0, batch.lines, reward_fns, args, G)
+        x_0 = batch.x_0.view(-1, *model.latent_shape)
+        rewards = script.score(model, x_0, batch.lines, reward_fns, args, G)
         clock.append(time.perf_counter())
         adv, metrics = vgrpo.group_advantages(rewards, G, weights, args.adv_std)
         step = functools.partial(vgrpo.optimizer_step, optimizer, args, norms)
@@ -334,7 +335,7 @@ def train(
             f"time/{stage}": clock[i + 1] - clock[i]
             for i, stage in enumerate(("sample", "reward", "update"))
         }
-        yield iteration, logged | {"mem/peak_gib": vgrpo.peak_memory_gib()}
+        yield iteration, logged | {"mem/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -368,9 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     model.cache_prompts(["", *(line["prompt"] for line in eval_lines + schedule)])
 
     def evaluate(iteration: int) -> dict[str, float]:
-        return script.evaluate(
-            model, args, eval_lines, reward_fns, run_dir / f"samples/iter_{iteration:04d}.png"
-        )
+        return script.evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
 
     before = scores = evaluate(0)
     with (run_dir / "metrics.jsonl").open("w", buffering=1) as log:
