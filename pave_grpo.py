@@ -46,7 +46,7 @@ import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -386,11 +386,6 @@ class Model:
             return scale * v + (1 - scale) * self.velocity(x, t, empty, initial)
 
         return guided
-
-    def sync_gradients(self, now: bool) -> None:
-        """Sharded weights exchange gradients at this backward, or keep them until a later one."""
-        if isinstance(self.transformer, FSDPModule):
-            self.transformer.set_requires_gradient_sync(now)
 
     def noise(self, draws: list[tuple]) -> Tensor:
         """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
@@ -742,13 +737,11 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
             part = batch[rows]
             velocity_fn = model.velocity_fn(part.lines)
             initial_fn = model.velocity_fn(part.lines, initial=True)
-            last = rows.stop % minibatch == 0
-            model.sync_gradients(last)
             share = len(part.lines) / (minibatch * trained * WORLD_SIZE)
             for k in range(trained):
                 inputs = (velocity_fn, initial_fn, part, k, args, share)
                 terms[:, epoch, rows, k] = backward_transition(*inputs)
-            if last:
+            if rows.stop % minibatch == 0:
                 step()
     *logps, kl = terms.flatten(1)
     logp_old, logp_new = torch.stack(logps).chunk(2)

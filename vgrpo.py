@@ -45,7 +45,7 @@ import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -383,11 +383,6 @@ class Model:
 
         return guided
 
-    def sync_gradients(self, now: bool) -> None:
-        """Sharded weights exchange gradients at this backward, or keep them until a later one."""
-        if isinstance(self.transformer, FSDPModule):
-            self.transformer.set_requires_gradient_sync(now)
-
     def noise(self, draws: list[tuple]) -> Tensor:
         """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
         latents = [torch.randn(self.latent_shape, generator=generator_for(*draw)) for draw in draws]
@@ -665,11 +660,9 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
             part = batch[rows]
             velocity_fn = model.velocity_fn(part.lines)
             initial_fn = model.velocity_fn(part.lines, initial=True)
-            last = rows.stop % minibatch == 0
-            model.sync_gradients(last)
             share = len(part.lines) / (minibatch * WORLD_SIZE)
             terms[:, epoch, rows] = backward_pairs(velocity_fn, initial_fn, part, args, share)
-            if last:
+            if rows.stop % minibatch == 0:
                 step()
     L_old, L_new, D, D_ref = terms.flatten(1)
     adv, clip_range = batch.adv.repeat(args.update_epochs), args.clip_range or None
