@@ -160,8 +160,7 @@ PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 MAY_BE_ZERO = (
     "iterations", "seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta"
 )  # fmt: skip
-INITIAL_KL = "kl_beta"  # the flag that needs the initial model
-PRESETS: dict[str, dict] = {
+PRESETS = {
     "tiny": dict(
         prompts="prompts/shapes_train.jsonl", eval_prompts="prompts/shapes_test.jsonl",
         reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=8,
@@ -180,7 +179,7 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def default_flags(model: str, resume: str) -> dict:
+def default_flags(model: str, resume: str):
     """Defaults of the model's preset, or the flags of the run to resume.  Raises UserError."""
     if resume:
         return read_checkpoint(Path(resume))["config"]
@@ -437,6 +436,9 @@ def load_model(args: Config, device: torch.device) -> Model:
 
 
 # ------------------------------------------------------------------------------------------ METHOD
+INITIAL_KL = "kl_beta"  # the flag that needs the initial model
+
+
 def images_per_prompt(args) -> int:
     """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
     trained = set(args.sde_steps)
