@@ -169,7 +169,7 @@ PRESETS = {
     ),
     "sd3": dict(
         guidance_scale=4.5, prompts_per_iter=16, micro_batch=1, steps=16, clip_range=1e-4,
-        kl_beta=0.01,
+        kl_beta=0.01, grad_checkpointing=True,
     ),
     "flux": dict(
         guidance_scale=3.5, lora_rank=64, lora_alpha=128, lora_ff=True,

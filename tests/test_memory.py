@@ -1,0 +1,78 @@
+"""benchmarks/memory.py: the simulated peak is the allocator's, for both networks and both scripts."""
+
+import memory
+import pytest
+import real_sizes as real
+import torch
+from torch._subclasses import FakeTensorMode
+
+import pave_grpo
+import vgrpo
+
+SMALL_FLAGS = {"resolution": 64, "max_sequence_length": 8, "lora_rank": 4, "group_size": 2}
+
+
+def small_arguments(script, kind, **changes):
+    flags = script.PRESETS[kind] | {"model": kind} | SMALL_FLAGS | {"grad_checkpointing": False}
+    return script.Config(**flags | changes)
+
+
+def simulated(script, args, stage):
+    model = real.build_model(script, args, memory.META, True, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memory.make_fake(model)
+        for weight in model.trainable.values():
+            weight.grad = torch.zeros_like(weight)
+        return memory.peak_gib(stage(model))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("script", [vgrpo, pave_grpo])
+def test_simulated_peaks_are_the_allocators(script, kind):
+    """Fake tensors against PyTorch's own count, to 2 % or the quarter MiB that kernels take."""
+    args = small_arguments(script, kind)
+    stages = (
+        lambda model: memory.updating(script, model, args, 2),
+        lambda model: memory.sampling(model, 3),
+        memory.decoding,
+    )
+    model = real.build_model(script, args, memory.CPU, True, torch.float32)
+    for weight in model.trainable.values():
+        weight.grad = torch.zeros_like(weight)
+    for stage in stages:
+        expected = memory.allocated_gib(stage(model))
+        assert simulated(script, args, stage) == pytest.approx(expected, rel=0.02, abs=2**-12)
+
+
+def test_checkpointing_lowers_the_peak_and_a_kept_tensor_raises_it():
+    args = small_arguments(vgrpo, "sd3")
+    plain = simulated(vgrpo, args, lambda model: memory.updating(vgrpo, model, args, 2))
+    less = small_arguments(vgrpo, "sd3", grad_checkpointing=True)
+    checkpointed = simulated(vgrpo, less, lambda model: memory.updating(vgrpo, model, less, 2))
+    assert checkpointed < 0.8 * plain
+
+    def with_a_kept_tensor(model):
+        update, kept = memory.updating(vgrpo, model, args, 2), []
+
+        def run():
+            kept.append(torch.zeros(2**18))  # 1 MiB
+            update()
+
+        return run
+
+    more = simulated(vgrpo, args, with_a_kept_tensor)
+    assert more - plain == pytest.approx(2**-10, rel=1e-3)
+
+
+def test_the_largest_micro_batch_that_fits_is_named():
+    lines = []
+    for batch, checkpointing, peak in (
+        (1, False, 30),
+        (2, False, 40),
+        (1, True, 10),
+        (2, True, 12),
+    ):
+        line = {"micro_batch": batch, "grad_checkpointing": checkpointing, "peak": peak}
+        lines.append(line)
+    found = [memory.best_flags(lines, card) for card in (8, 16, 36, 80)]
+    assert found == ["no", "2, checkpointing", "1", "2"]
