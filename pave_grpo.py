@@ -395,7 +395,8 @@ class Model:
     def decode(self, x_0: Tensor) -> Tensor:
         """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]; the VAE is fp32."""
         z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        images = self.vae.decode(z, return_dict=False)[0]
+        parts = z.split(self.args.micro_batch)
+        images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         return (images / 2 + 0.5).clamp(0, 1)
 
     def save(self, folder: Path) -> str:
@@ -760,8 +761,8 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
     """
     found: dict[str, list[Tensor]] = {name: [] for name in reward_fns}
     for rows in micro_batches(len(lines), args.sample_batch, "reward"):
-        images = [model.decode(part) for part in x_0[rows].split(args.micro_batch)]
-        scores = compute_rewards(reward_fns, torch.cat(images), lines[rows], args.sample_batch)
+        images = model.decode(x_0[rows])
+        scores = compute_rewards(reward_fns, images, lines[rows], args.sample_batch)
         for name, reward in scores.items():
             found[name].append(reward)
     rewards = {}
@@ -786,10 +787,8 @@ def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
     x_0 = generate(model, prompts, draws, sigmas, args)
     rewards = score(model, x_0, prompts, reward_fns, args)
     if RANK == 0:
-        latents = x_0[:12].split(args.micro_batch)
-        images = torch.cat([model.decode(part) for part in latents])
         captions = [line["prompt"] for line in prompts[:12]]
-        grid = image_grid(images, captions)
+        grid = image_grid(model.decode(x_0[:12]), captions)
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
     scores = {}
     for name, reward in rewards.items():
@@ -844,8 +843,9 @@ def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
             fail(f"{run_dir} holds other weights, of a run with {flags}.")
         weight.data.copy_(part_of(saved[name], weight))
         if optimizer and f"{name}.step" in saved:
+            fused = optimizer.defaults["fused"]  # then AdamW keeps its step beside the weight
             optimizer.state[weight] = {
-                "step": saved[f"{name}.step"],  # AdamW keeps it on the CPU
+                "step": saved[f"{name}.step"].to(weight.device if fused else "cpu"),
                 "exp_avg": part_of(saved[f"{name}.exp_avg"], weight),
                 "exp_avg_sq": part_of(saved[f"{name}.exp_avg_sq"], weight),
             }
@@ -967,9 +967,11 @@ def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
     """
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:
+        if weight.grad is None or WORLD_SIZE == 1:
+            continue
         if isinstance(weight, DTensor):
             weight.grad *= WORLD_SIZE  # FSDP2 averages, and shares hold 1 / WORLD_SIZE already
-        elif WORLD_SIZE > 1 and weight.grad is not None:
+        else:
             dist.all_reduce(weight.grad)
     norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
     if isinstance(norm, DTensor):
@@ -1039,7 +1041,8 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(numbers, "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
         if iteration == done + 1 or iteration % 10 == 0:  # encode ten iterations ahead
-            ahead = eval_lines + schedule[(iteration - 1) * P : (iteration + 10) * P]
+            first = (iteration - 1) * P + RANK
+            ahead = eval_lines + schedule[first : (iteration + 10) * P : WORLD_SIZE]
             model.cache_prompts(["", *[line["prompt"] for line in ahead]])
         slots = range(RANK, P, WORLD_SIZE)  # whole groups of this process
         prompts = {slot: schedule[(iteration - 1) * P + slot] for slot in slots}
