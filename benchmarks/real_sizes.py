@@ -6,8 +6,6 @@ embeddings of the
 right shape in Model.cache. `estimate` is throughput.py's --estimate."""
 
 import sys
-import unittest.mock
-from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -264,58 +262,6 @@ def flops(kind: str, config: dict, resolution: int, context: int, rank: int) -> 
 
 # --------------------------------------------------------------------------------------------------
 # ----- estimates
-class FusedAttention(torch.autograd.Function):
-    """Attention by its shapes alone, which keeps for backward what a fused kernel keeps: q, k, v
-    and the output.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, grad, grad
-
-
-def fused(query, key, value, **options):
-    return FusedAttention.apply(query, key, value)
-
-
-def saved_gib(model, args) -> tuple[float, float]:
-    """GiB that autograd keeps of one latent, and that with checkpointing, on an fp32 meta model.
-    The first is an upper estimate, autocast keeps part of it in bf16; the second: all blocks'
-    inputs in bf16, and twice
-    a mean block."""
-    weights = {
-        x.untyped_storage()._cdata
-        for x in (*model.transformer.parameters(), *model.transformer.buffers())
-    }
-    kept, size = [], {}
-
-    def pack(x):
-        kept.append(x)  # alive, so that no other tensor gets its address
-        if x.untyped_storage()._cdata not in weights:
-            size[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    model.device = torch.device("cpu")  # for autocast, which stays off and does not know meta
-    config, context = model.transformer.config, context_tokens(args)
-    sizes = (1, context, config.joint_attention_dim), (1, config.pooled_projection_dim)
-    cond = tuple(torch.empty(s, device="meta") for s in sizes)
-    x, t = torch.empty(1, *model.latent_shape, device="meta"), torch.empty(1, device="meta")
-    patch = unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", fused)
-    with patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.velocity(x, t, cond)
-    everything, blocks = (
-        sum(size.values()) / GIB,
-        config.num_layers + config.get("num_single_layers", 0),
-    )
-    width = config.num_attention_heads * config.attention_head_dim
-    inputs = blocks * ((args.resolution // 16) ** 2 + context) * width * 2 / GIB
-    return everything, inputs + 2 * everything / blocks
 
 
 def estimate() -> None:
@@ -341,7 +287,7 @@ def estimate() -> None:
         }
     for name, (number, size) in made.items():
         print(f"| {name} | {number / 1e9:.3f} | {number * size / GIB:.2f} |")
-    shares, cards, rows = (0.2, 0.4, 0.6), (24, 48, 80, 141), []
+    shares = (0.2, 0.4, 0.6)
     print(
         "\n| preset | TFLOP forward | backward | TFLOP/image to sample | to update | s/image to sample + update, at "
         f"{', '.join(f'{share:.0%}' for share in shares)} of {DATA_SHEET} TFLOP/s |\n|" + "---|" * 6
@@ -358,18 +304,6 @@ def estimate() -> None:
         print(
             f"{title}{forward:.2f} | {backward:.2f} | {sample:.0f} | {update:.1f} | {', '.join(seconds)} |"
         )
-        model.latent_shape = 16, px // 8, px // 8
-        saved = saved_gib(model, args)
-        rows.append(
-            title
-            + " | ".join([f"{x:.2f}" for x in saved] + fitting(model, name, args, saved, cards))
-            + " |"
-        )
-    print(
-        "\n| largest --micro_batch up to 16 | GiB a latent | with checkpointing | "
-        f"{' | '.join(f'{card} GB' for card in cards)} |\n|" + "---|" * 7
-    )
-    print("\n".join(rows))
 
 
 def transition_calls(script: str, args) -> int:
@@ -389,37 +323,10 @@ def tflop_per_image(script: str, args, config) -> tuple[float, float, float, flo
     )
     sampling, updating = (calls(args) * n for n in planned(args)[2:])
     graph = transition_calls(script, args)
-    with_graph = (
-        graph / (graph + 1) if script == "pave_grpo" and args.kl_beta else 1
-    )  # the KL's evaluation has none
+    if script == "pave_grpo":  # the KL's evaluation and theta_old's have no graph
+        evaluations = len(args.sde_steps) * args.update_epochs * graph
+        evaluations /= planned(args).images if args.rollout == "branch" else 1
+    else:
+        evaluations = args.num_pairs * args.update_epochs
+    with_graph = calls(args) * evaluations / updating
     return sampling * forward, updating * (forward + with_graph * backward), forward, backward
-
-
-def fitting(model, script: str, args, saved, cards) -> list[str]:
-    """The largest micro-batch of 16, 8, 4, 2, 1 for cards of so many GB; checkpointing only where
-    none fits without.
-    Counted: weights, LoRA's optimizer, the reward models, an iteration's images and pairs,
-    activations of an update.
-    An eighth of the card is left to the VAE's decoding and the allocator."""
-    lora, images = (
-        sum(p.numel() for p in model.trainable.values()),
-        args.prompts_per_iter * planned(args).images,
-    )
-    latent, pave = 4 * model.latent_shape[0] * model.latent_shape[1] ** 2, script == "pave_grpo"
-    fixed = 2 * (numbers(model.transformer) - lora) + 16 * lora + 4 * numbers(model.vae)
-    fixed += 2 * sum(x.numel() for x in model.transformer.buffers())
-    fixed += sum(1e9 * REWARDS_GB[item.split("=")[0]] for item in args.reward.split(","))
-    fixed += images * (
-        (1 + pave) * 12 * args.resolution**2 + latent * (2 if pave else 1 + args.num_pairs)
-    )  # cat: twice
-    found = []
-    for card in cards:
-        fits = ["does not fit"]
-        for checkpointing, B in [(flag, B) for flag in (True, False) for B in (1, 2, 4, 8, 16)]:
-            rows = planned(replace(args, micro_batch=B)).latents * transition_calls(
-                script, args
-            )  # latents in the graph
-            if fixed + calls(args) * rows * saved[checkpointing] * GIB <= card * 1e9 * 7 / 8:
-                fits.append(f"{B}, checkpointing" if checkpointing else str(B))
-        found.append(fits[-1])
-    return found

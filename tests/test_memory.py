@@ -1,9 +1,12 @@
 """benchmarks/memory.py: the simulated peak is the allocator's, for both networks and both scripts."""
 
+import json
+
 import memory
 import pytest
 import real_sizes as real
 import torch
+from conftest import DOCS
 from torch._subclasses import FakeTensorMode
 
 import pave_grpo
@@ -76,3 +79,8 @@ def test_the_largest_micro_batch_that_fits_is_named():
         lines.append(line)
     found = [memory.best_flags(lines, card) for card in (8, 16, 36, 80)]
     assert found == ["no", "2, checkpointing", "1", "2"]
+
+
+def test_the_documented_table_is_that_of_the_kept_simulation(capsys):
+    memory.table([json.loads(line) for line in memory.KEPT.read_text().splitlines()])
+    assert capsys.readouterr().out in DOCS
