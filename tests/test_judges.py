@@ -270,11 +270,10 @@ def test_geneval_detects_and_names_colours_like_the_hub_pipelines(tiny_geneval):
         assert (
             sum(a == b for a, b in zip(calls[0][1](name, crops), expected, strict=True)) >= 58
         )  # near ties
-    with unittest.mock.patch.object(
-        rewards, "clip_embeddings", wraps=rewards.clip_embeddings
-    ) as spy:
+    clip = functions["geneval"].clip
+    with unittest.mock.patch.object(clip, "embed_prompts", wraps=clip.embed_prompts) as spy:
         calls[0][1]("couch", crops[:1])
-    prompts = [call.args[2] for call in spy.call_args_list if isinstance(call.args[2], list)]
+    prompts = [[prompt for call in spy.call_args_list for prompt in call.args[0]]]
     colours = "red orange yellow green blue purple pink brown black white".split()
     phrases = [
         (f"{colour} couch", f"{colour}-colored couch", f"{colour} object") for colour in colours

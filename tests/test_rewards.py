@@ -268,7 +268,7 @@ def test_aesthetic_equals_its_formula(tiny_clip):
     x = torch.nn.functional.normalize(clip_reference(tiny_clip)[2], dim=1)
     for layer in layers:
         x = x @ state[f"layers.{layer}.weight"].double().T + state[f"layers.{layer}.bias"].double()
-    found = rewards.aesthetic(str(tiny_clip))(PICTURES, PROMPTS, [{}] * 3)
+    found = rewards.Aesthetic(str(tiny_clip))(PICTURES, PROMPTS, [{}] * 3)
     close(found / x.abs().max(), x[:, 0] / x.abs().max(), 2e-2, "aesthetic, relative")
 
 
@@ -585,7 +585,7 @@ def test_imagereward_names_weights_that_do_not_fit(tiny_blip):
         with pytest.raises(
             rewards.UserError, match=f"reward imagereward: .*cannot be loaded.*{message}.*; check"
         ) as error:
-            rewards.imagereward(str(folder))
+            rewards.ImageReward(str(folder))
         assert "\n" not in str(error.value)
 
 
