@@ -1,5 +1,6 @@
 """Prompt files: the bundled ones, and fuzzed ones."""
 
+import collections
 import json
 import random
 
@@ -97,3 +98,19 @@ def test_fuzzed_prompt_files_load_or_fail_in_one_sentence(tmp_path):
             outcomes["loaded"] += 1
     print(outcomes)
     assert min(outcomes.values()) > 50, "the fuzzer makes files of both kinds"
+
+
+def test_all_prompts_are_every_training_prompt_in_the_files_proportions():
+    """shapes_all.jsonl: all 456 prompts without a held-out pair, tags as in shapes_train.jsonl."""
+    counts, captions = {}, {}
+    for name in ("shapes_all", "shapes_train"):
+        lines = rewards.load_prompts(f"prompts/{name}.jsonl")
+        tags = collections.Counter(line["tag"] for line in lines)
+        counts[name] = {tag: number / len(lines) for tag, number in tags.items()}
+        captions[name] = {line["prompt"] for line in lines}
+        for line in lines:
+            pairs = {(item["color"], item["class"]) for item in line["include"]}
+            assert not pairs & make.HELD_OUT
+            assert make.caption(line) == line["prompt"]
+    assert len(captions["shapes_all"]) == 456 and captions["shapes_train"] < captions["shapes_all"]
+    assert counts["shapes_all"] == pytest.approx(counts["shapes_train"], abs=1e-3)
