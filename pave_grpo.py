@@ -1062,6 +1062,7 @@ def main(argv: list[str] | None = None) -> None:
             adv = adv.reshape(starts, -1, samples)
             batch.adv = adv.expand(-1, trained, -1)  # a path's advantage is that of all its steps
             metrics |= update(model, batch, args, step)
+        del batch  # its memory is the next iteration's
         # <<< METHOD
         logged |= average(metrics)
         finite = [norm for norm in norms[-steps:] if math.isfinite(norm)]  # the steps taken

@@ -982,6 +982,7 @@ def main(argv: list[str] | None = None) -> None:
                 adv = soft_clip(adv, args.soft_clip)  # Eq. 17
             batch.adv = adv.view(P, -1)[RANK::WORLD_SIZE].flatten()  # the inverse of gather
             metrics |= update(model, batch, args, step)
+        del batch  # its memory is the next iteration's
         # <<< METHOD
         logged |= average(metrics)
         finite = [norm for norm in norms[-steps:] if math.isfinite(norm)]  # the steps taken

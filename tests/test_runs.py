@@ -271,6 +271,29 @@ def test_compile_covers_the_blocks_of_both_models(tmp_path):
         assert sum(module._compiled_call_impl is not None for module in net.modules()) == blocks
 
 
+def test_the_cache_of_prompts_is_bounded_and_encodes_once():
+    """It holds what was asked for last; a prompt that stays is not encoded again."""
+    model = load()
+    model.cache_prompts(["a red circle", "a blue square"])
+    kept = model.cache["a blue square"]
+    model.cache_prompts(["a blue square", "a green circle", "a blue square"])
+    assert list(model.cache) == ["a blue square", "a green circle"]
+    assert model.cache["a blue square"] is kept
+    model.encode(["a red circle"])  # one that nobody announced joins the others
+    assert len(model.cache) == 3
+
+
+def test_full_training_copies_the_network_for_a_kl_only():
+    """--full without a KL to the initial model keeps no copy; LoRA shares the frozen weights."""
+    assert load("--full", "true", "--ref_kl_beta", "0").initial is None
+    copied = load("--full", "true", "--ref_kl_beta", "0.1")
+    assert (
+        copied.initial.proj_out.weight.data_ptr() != copied.transformer.proj_out.weight.data_ptr()
+    )
+    lora = load("--full", "false")
+    assert lora.initial.proj_out.weight is lora.transformer.proj_out.weight
+
+
 def test_encoding_ahead_caches_without_stacking():
     model = load()
     model.cache_prompts(["", "a red circle", "a blue square", "a red circle"])
