@@ -11,31 +11,31 @@ A reward is a function of images, the prompts they were made for, and the prompt
 reads a model from a folder, not from the hub. `--reward my_file.py:my_fn` loads your own function.
 """
 
+import ast
 import base64
 import http.client
+import importlib.util
 import io
-import itertools
 import json
 import math
 import os
 import re
 import runpy
+import sys
 import textwrap
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -49,8 +49,26 @@ class UserError(ValueError):
 
 
 def fail(message: str) -> NoReturn:
-    """Raises UserError."""
     raise UserError(message)
+
+
+MENDS = {
+    torch.OutOfMemoryError: "Lower --micro_batch, --sample_batch or --resolution, or give "
+    "--grad_checkpointing.",
+    safetensors.SafetensorError: "Disk full, or a file damaged? The checkpoint is intact.",
+}
+
+
+@contextmanager
+def one_sentence():
+    """Turns a mistake (UserError, OSError), a lack of memory or a damaged file into one sentence on
+    stderr and exit code 2. Ctrl-C, SIGTERM and mistakes of this program's own pass through."""
+    try:
+        yield
+    except (UserError, OSError, *MENDS) as error:
+        sentence = str(error).strip().split("\n")[0]
+        print(f"error: {sentence} {MENDS.get(type(error), '')}".rstrip(), file=sys.stderr)
+        sys.exit(2)
 
 
 def load_prompts(path: str) -> list[dict]:
@@ -107,8 +125,6 @@ def load_reward(source: str) -> tuple[str, RewardFn]:
         return name, MODEL_REWARDS[name](folder or None)
     if source in REWARDS:
         return source, REWARDS[source]
-    if name == "hpsv3":
-        fail("--reward: hpsv3 is not built in; serve MizzenAI/HPSv3 on a server: docs/rewards.md.")
     path, _, name = source.rpartition(":")
     if not path:
         known = ", ".join([*REWARDS, *MODEL_REWARDS])
@@ -129,16 +145,31 @@ def load_reward(source: str) -> tuple[str, RewardFn]:
 def compute_rewards(functions: dict, images: Tensor, lines: list, micro_batch: int = 64) -> dict:
     """Every reward of N images, checked: name -> (N,) fp32 on the images' device.
     images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file;  micro_batch: images per
-    call of a reward.  Raises UserError, see score_batch."""
+    call of a reward.  A reward that is a torch.nn.Module visits the device.  Raises UserError."""
     results = {}
     for name, function in functions.items():
-        if isinstance(function, torch.nn.Module):
-            function.to(images.device)
         results[name] = torch.empty(len(lines), device=images.device)
-        for start in range(0, len(lines), micro_batch):
-            rows = slice(start, start + micro_batch)
-            results[name][rows] = score_batch(name, function, images[rows], lines[rows])
+        with visiting([function], images.device):
+            for start in range(0, len(lines), micro_batch):
+                rows = slice(start, start + micro_batch)
+                results[name][rows] = score_batch(name, function, images[rows], lines[rows])
     return results
+
+
+@contextmanager
+def visiting(functions: Iterable[RewardFn], device: torch.device):
+    """Lends the weights of those rewards that are modules to a device; a visit in a visit is free.
+    They stay in host memory: leaving copies nothing, and neither does a visit to the CPU."""
+    models = [function for function in functions if isinstance(function, torch.nn.Module)]
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    at_home = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, data in at_home:
+            tensor.data = data
 
 
 def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]):
@@ -149,7 +180,7 @@ def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]
     try:
         reward = function(images, prompts, metadata)
         reward = torch.as_tensor(reward, dtype=torch.float32, device=images.device)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):  # the scripts know a mend for the second
         raise
     except Exception as error:  # a user's own reward may raise anything
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -157,8 +188,8 @@ def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]
     if reward.shape != (len(lines),):
         fail(f'reward "{name}" returned shape {tuple(reward.shape)} for {len(lines)} images.')
     finite = reward.isfinite().tolist()
-    if not all(finite):
-        bad = [prompt for prompt, ok in zip(prompts, finite, strict=True) if not ok]
+    bad = [prompt for prompt, ok in zip(prompts, finite, strict=True) if not ok]
+    if bad:
         fail(f'reward "{name}" is not finite for {quoted(bad)}.')
     return reward
 
@@ -183,13 +214,10 @@ def group_advantages(rewards: dict, group_size: int, weights: dict, std="group",
         dim = 1 if std == "group" else None
         scale = R.std(dim=dim, keepdim=True, correction=0)
         normalised = (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4)
-        equal = (R == R[:, :1]).all(
-            dim=1, keepdim=True
-        )  # the mean's rounding error is no advantage
+        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding is no advantage
         adv = adv + weights[name] * torch.where(equal, 0.0, normalised)
         metrics[f"reward/{name}"] = reward.mean()
-    idle = (adv == 0).all(dim=1)
-    metrics["advantage/zero_std_groups"] = idle.float().mean()
+    metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
     weighted = [weights[name] * reward for name, reward in rewards.items()]
     total = torch.stack(weighted).sum(dim=0)
     metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
@@ -228,7 +256,7 @@ def image_grid(images: Tensor, captions: list[str]) -> Image.Image:
     return grid
 
 
-# ------------------------------------------------------------- shapes, the bundled world's verifier
+# --------------------------------------------------- shapes, the bundled world's verifier; and jpeg
 GROUND = (240, 240, 235)  # RGB of the empty canvas
 PALETTE = {
     "red": (220, 40, 40), "green": (40, 170, 70),
@@ -282,9 +310,10 @@ def shapes_clauses(objects: list[tuple], include: list[dict]) -> list[bool]:
     for here, item in zip(centres, include, strict=True):
         if "position" in item:
             side, index = item["position"]
+            there = centres[index]
             dx = dy = 0.0  # an object that is missing is on no side
-            if here and centres[index]:
-                dx, dy = here[0] - centres[index][0], here[1] - centres[index][1]
+            if here and there:
+                dx, dy = here[0] - there[0], here[1] - there[1]
             along, across = (dx, dy) if SIDES[side][0] else (dy, dx)
             clauses.append(along * sum(SIDES[side]) > abs(across))
     return clauses
@@ -299,8 +328,10 @@ def find_objects(images: Tensor) -> list[list[tuple]]:
     colour = colour.flatten()
     pixel = torch.nonzero(colour >= 0).squeeze(1)
     root, region, area = label[pixel].unique(return_inverse=True, return_counts=True)
-    zero, lengths, centres = torch.zeros(len(area), device=images.device), [], []
-    for position in ((pixel % W).float(), (pixel // W % H).float()):
+    zero = torch.zeros(len(area), device=images.device)
+    lengths, centres = [], []
+    for axis in (pixel % W, pixel // W % H):
+        position = axis.float()
         first = zero.scatter_reduce(0, region, position, "amin", include_self=False)
         last = zero.scatter_reduce(0, region, position, "amax", include_self=False)
         lengths.append(last - first + 1)
@@ -323,8 +354,7 @@ def find_objects(images: Tensor) -> list[list[tuple]]:
 
 def pixel_colours(images: Tensor) -> Tensor:
     """Colour of each pixel, (N, H, W): an index of PALETTE, its length = another, -1 = ground.
-    An anti-aliased pixel is `ground + coverage * (colour - ground)`: the direction names the colour
-    at any coverage."""
+    An anti-aliased pixel is ground + coverage * (colour - ground): hence its direction."""
     palette = torch.tensor(list(PALETTE.values()), device=images.device) / 255
     ground = torch.tensor(GROUND, device=images.device) / 255
     direction = palette - ground
@@ -361,11 +391,9 @@ def connected_components(colour: Tensor) -> Tensor:
         label = new
 
 
-# -------------------------------------------------------------------------------------------- jpeg
 def jpeg(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """Compressibility, -kilobytes / 500 of the JPEG at quality 95 (Pillow).
-    Below 0: about -0.01 at 64 px, -0.3 at 512 px.  No model, no licence.  Source: DDPO (arXiv
-    2305.13301).  Ignores the prompt: alone, flat images win."""
+    """Compressibility, -kilobytes / 500 of the JPEG at quality 95 (Pillow): alone, flat images win.
+    About -0.01 at 64 px, -0.3 at 512 px.  No model, no licence.  Source: DDPO, arXiv 2305.13301."""
     sizes = [len(file) for file in encoded(images, "JPEG", quality=95)]
     return -torch.tensor(sizes, device=images.device) / 500_000
 
@@ -387,24 +415,23 @@ def loading(name: str, source: str):
         raise UserError(f"{problem}; {mend} it: --reward {name}@FOLDER=1.") from error
 
 
-def load_pretrained(name: str, cls: str, source: str, **options) -> Any:
+def load_pretrained(name: str, cls: str, source: str, dtype=torch.float32, **options) -> Any:
     """from_pretrained of a class of transformers: no pickle, no remote code, no random weight.
-    source: hub id or folder;  options: config and state_dict of a model whose weights are a file
-    of another layout.  Models are fp32, for inference."""
+    source: hub id or folder;  options: config and state_dict of weights in another layout."""
     import transformers
 
     with loading(name, source):
         if not issubclass(getattr(transformers, cls), torch.nn.Module):
             return getattr(transformers, cls).from_pretrained(source)
         where = None if options else source
-        options |= dict(output_loading_info=True, use_safetensors=True)
+        options |= dict(dtype=dtype, output_loading_info=True, use_safetensors=True)
         model, found = getattr(transformers, cls).from_pretrained(where, **options)
         wrong = set(found["missing_keys"])
         if where is None:  # a published model may hold more: buffers of older versions
             wrong |= set(found["unexpected_keys"])
         if wrong:
             raise ValueError(f"weights do not fit: {min(wrong)}")
-    return model.float().eval().requires_grad_(False)  # weights may come in half precision
+    return model.eval().requires_grad_(False)
 
 
 def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> dict:
@@ -425,44 +452,41 @@ def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> di
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
-    part = {}
-    for key, tensor in state.items():
-        if key.startswith(prefix):
-            part[key.removeprefix(prefix)] = tensor
-    return part
+    keys = [key for key in state if key.startswith(prefix)]
+    return {key.removeprefix(prefix): state[key] for key in keys}
 
 
-def linear_stack(name: str, source: str, state: dict, numbers: str = "02467") -> torch.nn.Module:
-    """A head of linear layers, N.weight and N.bias; between them was dropout, in training."""
+def linear_stack(name: str, source: str, state: dict, numbers="02467", between=torch.nn.Identity):
+    """A head of linear layers, N.weight and N.bias; numbers left out were dropout and between."""
     stack = torch.nn.Sequential()
     with loading(name, source):
         for number in numbers:
             outputs, inputs = state[f"{number}.weight"].shape
+            if len(stack):
+                stack.add_module(f"before {number}", between())
             stack.add_module(number, torch.nn.Linear(inputs, outputs))
         stack.load_state_dict(state)
     return stack.requires_grad_(False)
 
 
-def model_pixels(images: Tensor, processor, pad: bool = False) -> Tensor:
+def model_pixels(images: Tensor, processor, pad: bool = False, size: dict | None = None) -> Tensor:
     """What a hub image processor does, in torch on the images' device: resized and normalised.
     images: (N, 3, H, W) in [0, 1].  With a crop_size S (CLIP) the shorter side becomes S and the
-    centre is cut out; pad: the longer side, on black.  Else the size is the processor's height and
-    width, or what its edges ask for, in multiples of its size_divisor.
-    Within 0.03 of the processor's PIL path, which rounds to 8 bits; 0.08 beside saturated edges,
-    where PIL clips twice."""
+    centre is cut out; pad: the longer side, on black.  Else size, or the processor's, gives height
+    and width, or the edges; both become multiples of its size_divisor.
+    Within 0.03 of PIL's path, which rounds to 8 bits; 0.08 beside edges that it clips twice."""
     from transformers.image_transforms import get_size_with_aspect_ratio
 
-    sides, size = list(images.shape[2:]), processor.size
+    shape, size = list(images.shape[2:]), size or processor.size
     crop = getattr(processor, "crop_size", None)
     step = getattr(processor, "size_divisor", 1)
     if crop:
-        edge = max(sides) if pad else min(sides)
-        sides = [int(crop["height"] * side / edge) for side in sides]
+        edge = max(shape) if pad else min(shape)
+        sides = [int(crop["height"] * side / edge) for side in shape]
     elif size.get("height"):
         sides = [size["height"], size["width"]]
     else:
-        edges = (size["shortest_edge"], size["longest_edge"])
-        sides = get_size_with_aspect_ratio(sides, *edges)
+        sides = get_size_with_aspect_ratio(shape, size["shortest_edge"], size["longest_edge"])
     sides = [math.ceil(side / step) * step for side in sides]
     mode = "bilinear" if processor.resample == 2 else "bicubic"  # Pillow's numbers
     x = F.interpolate(images.float(), sides, mode=mode, antialias=True).clamp(0, 1)
@@ -478,14 +502,14 @@ def model_pixels(images: Tensor, processor, pad: bool = False) -> Tensor:
 # --------------------------------------- the CLIP family: pickscore, clipscore, aesthetic and hpsv2
 class Clip(torch.nn.Module):
     """A reward, scale * cos(image, prompt), from unit embeddings (N, D) by a CLIPModel.
-    pad: images keep their aspect, on black; else their centre is cut out."""
+    scale: 1, or exp(logit_scale) / divisor;  pad: images keep their aspect, on black."""
 
-    scale, pad = 1.0, False
-
-    def __init__(self, name: str, source: str, processor: str | None = None, **weights):
+    def __init__(self, name, source, processor=None, divisor=None, pad=False, **weights):
         super().__init__()
         self.model = load_pretrained(name, "CLIPModel", source, **weights)
         self.processor = load_pretrained(name, "CLIPProcessor", processor or source)
+        self.scale = self.model.logit_scale.exp().item() / divisor if divisor else 1.0
+        self.pad = pad
 
     def embed_images(self, images: Tensor) -> Tensor:
         pixels = model_pixels(images, self.processor.image_processor, self.pad)
@@ -505,27 +529,22 @@ class Clip(torch.nn.Module):
 
 def pickscore(source: str | None = None) -> RewardFn:
     """PickScore, a CLIP-H fine-tuned on human choices:  exp(logit_scale) cos(image, text) / 26.
-    About 0.7...0.9.  Hub: yuvalkirstain/PickScore_v1 (MIT), processor of
-    laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Source: arXiv 2305.01569; the division by 26 is
-    Flow-GRPO's, other code bases leave it out."""
-    clip = Clip("pickscore", source or "yuvalkirstain/PickScore_v1", source or CLIP_H)
-    clip.scale = clip.model.logit_scale.exp().item() / 26
-    return clip
+    About 0.7...0.9.  Hub: yuvalkirstain/PickScore_v1 (MIT), processor of CLIP_H (MIT).
+    Source: arXiv 2305.01569; the 26 is Flow-GRPO's, other code bases leave it out."""
+    hub = source or "yuvalkirstain/PickScore_v1"
+    return Clip("pickscore", hub, source or CLIP_H, divisor=26)
 
 
 def clipscore(source: str | None = None) -> RewardFn:
     """CLIPScore, agreement of image and text:  logits_per_image / 100, that is the cosine.
-    About 0.1...0.4.  Hub: openai/clip-vit-large-patch14 (MIT).  Source: arXiv 2104.08718; others
-    scale it by 30 or 2.5."""
-    clip = Clip("clipscore", source or CLIP_L)
-    clip.scale = clip.model.logit_scale.exp().item() / 100  # 1 for OpenAI's weights
-    return clip
+    About 0.1...0.4.  Hub: CLIP_L (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 2.5."""
+    return Clip("clipscore", source or CLIP_L, divisor=100)  # OpenAI's exp(logit_scale) is 100
 
 
 class Aesthetic(Clip):
     """LAION's aesthetic predictor: five linear layers on the unit CLIP-L image embedding.
-    1...10; ignores the prompt.  Hub: openai/clip-vit-large-patch14 (MIT),
-    trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: DDPO, arXiv 2305.13301."""
+    1...10; ignores the prompt.  Hub: CLIP_L (MIT), trl-lib/ddpo-aesthetic-predictor (Apache-2.0).
+    Source: DDPO, arXiv 2305.13301."""
 
     def __init__(self, source: str | None = None):
         super().__init__("aesthetic", source or CLIP_L)
@@ -552,10 +571,8 @@ OPEN_CLIP = {  # open_clip's names to transformers', one pattern after the other
 
 def hpsv2(source: str | None = None) -> RewardFn:
     """HPS v2.1, a CLIP-H fine-tuned on human preferences: the plain cosine.
-    About 0.2...0.4; not comparable to HPS v2.  Hub: xswu/HPSv2, HPS_v2.1_compressed.pt
-    (Apache-2.0), an open_clip state dict; config and processor of
-    laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT).  Images keep their aspect, on black.
-    Source: arXiv 2306.09341."""
+    About 0.2...0.4; not comparable to HPS v2.  Source: arXiv 2306.09341.  Hub: xswu/HPSv2,
+    HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict; the rest of CLIP_H (MIT)."""
     hub, state = source or "xswu/HPSv2", {}
     for key, tensor in load_weights("hpsv2", hub, "HPS_v2.1_compressed.pt", OPEN_CLIP).items():
         if ".in_proj_" in key:  # q, k and v in one
@@ -564,12 +581,10 @@ def hpsv2(source: str | None = None) -> RewardFn:
         elif key != "attn_mask":  # a buffer of old checkpoints
             state[key] = tensor.T if "_projection." in key else tensor
     config = load_pretrained("hpsv2", "CLIPConfig", source or CLIP_H)
-    clip = Clip("hpsv2", hub, source or CLIP_H, config=config, state_dict=state)
-    clip.pad = True
-    return clip
+    return Clip("hpsv2", hub, source or CLIP_H, pad=True, config=config, state_dict=state)
 
 
-# ---------------------------------------------------- the judges: imagereward, ocr, geneval and vlm
+# ------------------------------ the judges: imagereward, hpsv3, ocr, geneval, vlm and unifiedreward
 BLIP = {  # the original BLIP's names to transformers', one pattern after the other
     r".*\.position_ids$": "unused",  # a buffer
     r"^blip\.visual_encoder": "vision", r"^blip\.text_encoder": "text", r"^mlp\.layers": "head",
@@ -582,14 +597,14 @@ BLIP = {  # the original BLIP's names to transformers', one pattern after the ot
 BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, layer_norm_eps=1e-6)
 BLIP_VISION |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16)
 BLIP_TEXT = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12)
+HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)  # at least and at most, if multiples of 28 px allow it
 
 
 class ImageReward(torch.nn.Module):
     """ImageReward, a BLIP fine-tuned on human rankings:  (head(token 0) - 0.167174) / 1.033339.
-    About -2.3...2; alone it corrupts images.  Hub: zai-org/ImageReward, ImageReward.pt
-    (Apache-2.0), a state dict of the original BLIP-large, whose text encoder (at most 35 tokens)
-    looks at the image.  Tokenizer: google-bert/bert-base-uncased (Apache-2.0); the tokens that BLIP
-    adds to it are not used.  Source: arXiv 2304.05977."""
+    About -2.3...2; alone it corrupts images.  Source: arXiv 2304.05977.  Hub: zai-org/ImageReward,
+    ImageReward.pt (Apache-2.0), a state dict of the original BLIP-large, whose text encoder (35
+    tokens at most) looks at the image; tokenizer of google-bert/bert-base-uncased (Apache-2.0)."""
 
     def __init__(self, source: str | None = None):
         from transformers import BlipTextConfig, BlipVisionConfig, CLIPImageProcessor
@@ -611,16 +626,85 @@ class ImageReward(torch.nn.Module):
         tokens = self.tokenizer(prompts, **options).to(images.device)
         pixels = model_pixels(images, self.processor)
         image = self.vision(pixel_values=pixels).last_hidden_state
-        inputs = (tokens.input_ids, tokens.attention_mask)
-        out = self.text(*inputs, encoder_hidden_states=image).last_hidden_state
-        return (self.head(out[:, 0]).squeeze(1) - 0.167174) / 1.033339
+        out = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=image)
+        score = self.head(out.last_hidden_state[:, 0])
+        return (score.squeeze(1) - 0.167174) / 1.033339
+
+
+class HPSv3(torch.nn.Module):
+    """HPSv3, a Qwen2-VL-7B fine-tuned on human preferences: the mean of its head, not normalised.
+    About 0...15 (FLUX.1-dev: 13.3).  Hub: MizzenAI/HPSv3, HPSv3.safetensors (Apache-2.0), a state
+    dict; config, tokenizer and image processor of Qwen/Qwen2-VL-7B-Instruct (Apache-2.0).  bf16 on
+    a machine with CUDA, the head fp32.  Source: arXiv 2508.03789.
+    The weights were trained with transformers 4.45, in bf16: with one position after the other,
+    where today's Qwen2-VL counts rows and columns, and with rotary frequencies rounded to bf16."""
+
+    def __init__(self, source: str | None = None):
+        super().__init__()
+        name, hub = "hpsv3", source or "MizzenAI/HPSv3"
+        qwen = source or "Qwen/Qwen2-VL-7B-Instruct"
+        text = {"type": "text", "text": hpsv3_question()}
+        turn = {"role": "user", "content": [{"type": "image"}, text]}
+        self.tokenizer = load_pretrained(name, "AutoTokenizer", qwen)
+        self.tokenizer.add_tokens("<|Reward|>", special_tokens=True)
+        with loading(name, qwen):  # it may have no chat template
+            options = dict(tokenize=False, add_generation_prompt=True)
+            self.question = self.tokenizer.apply_chat_template([turn], **options)
+        self.processor = load_pretrained(name, "Qwen2VLImageProcessor", qwen)
+        state = load_weights(name, hub, "HPSv3.safetensors", {r"^model\.": "language_model."})
+        self.head = linear_stack(name, hub, part_of(state, "rm_head."), "035", torch.nn.ReLU)
+        weights = {key: state[key] for key in state if not key.startswith(("rm_head", "lm_head"))}
+        config = load_pretrained(name, "Qwen2VLConfig", qwen)
+        config.text_config.vocab_size = len(self.tokenizer)  # without the padding of Qwen's own
+        half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        parts = dict(config=config, state_dict=weights)
+        self.model = load_pretrained(name, "Qwen2VLModel", hub, half, **parts)
+        for frequencies in self.model.buffers():
+            frequencies.data = frequencies.bfloat16().float()
+
+    def forward(self, images, prompts, metadata):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        patch, merge = self.processor.patch_size, self.processor.merge_size
+        height, width = smart_resize(*images.shape[2:], patch * merge, *HPSV3_PIXELS)
+        pixels = model_pixels(images, self.processor, size=dict(height=height, width=width))
+        # patches, those that are merged into one token side by side; a still image is two frames
+        axes = dict(t=self.processor.temporal_patch_size, p=patch, q=patch, a=merge, b=merge)
+        patches = repeat(pixels, "n c (h a p) (w b q) -> (n h w a b) (c t p q)", **axes)
+        grid = torch.tensor([1, height // patch, width // patch], device=images.device)
+        seen = dict(pixel_values=patches, image_grid_thw=grid.expand(len(images), -1))
+        image_tokens = "<|image_pad|>" * (height * width // (patch * merge) ** 2)
+        question = self.question.replace("<|image_pad|>", image_tokens)
+        texts = [question.format(text_prompt=prompt) for prompt in prompts]
+        options = dict(padding=True, padding_side="right", return_token_type_ids=False)
+        tokens = self.tokenizer(texts, **options, return_tensors="pt").to(images.device)
+        positions = torch.arange(tokens.input_ids.shape[1], device=images.device)
+        positions = positions.expand(3, len(images), -1)
+        out = self.model(**tokens, **seen, position_ids=positions, use_cache=False)
+        is_reward = tokens.input_ids == self.tokenizer.convert_tokens_to_ids("<|Reward|>")
+        hidden = out.last_hidden_state[is_reward]
+        return self.head(hidden.float())[:, 0]  # column 1 is the logarithm of its deviation
+
+
+def hpsv3_question() -> str:
+    """HPSv3's question, read from its package; to import that would ask for its old pins."""
+    texts: dict[str, Any] = {}
+    package = importlib.util.find_spec("hpsv3")
+    if package and package.origin:
+        file = Path(package.origin).parent / "dataset/data_collator_qwen.py"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                texts[ast.unparse(node.targets[0])] = node.value.value
+    if not {"INSTRUCTION", "prompt_with_special_token"} <= texts.keys():
+        mend = "pip install --no-deps hpsv3==1.0.0"
+        fail(f"reward hpsv3 reads its question from its package: {mend}.")
+    return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
 
 
 class Ocr(torch.nn.Module):
     """Text rendering: whether GOT-OCR 2.0 reads the text asked for, by ocr_target and ocr_score.
     0...1.  Hub: stepfun-ai/GOT-OCR-2.0-hf (Apache-2.0).  Source: Flow-GRPO, arXiv 2505.05470, with
-    another reader.  Alone and without a KL it blanks the background: log another reward beside it,
-    clipscore=0."""
+    another reader.  Alone and without a KL it blanks the background: log clipscore=0 beside it."""
 
     def __init__(self, source: str | None = None):
         super().__init__()
@@ -635,9 +719,10 @@ class Ocr(torch.nn.Module):
         targets = list(map(ocr_target, prompts, metadata))
         inputs = {"pixel_values": model_pixels(images, self.processor.image_processor)}
         for name in ("input_ids", "attention_mask"):
-            inputs[name] = self.question[name].to(images.device).expand(len(images), -1)
+            tokens = self.question[name].to(images.device)
+            inputs[name] = tokens.expand(len(images), -1)
         out = self.model.generate(**inputs, tokenizer=self.processor.tokenizer, **self.stop)
-        answers = out[:, inputs["input_ids"].shape[1] :]
+        answers = out[:, tokens.shape[1] :]
         read = self.processor.batch_decode(answers, skip_special_tokens=True)
         return torch.tensor(list(map(ocr_score, read, targets)), device=images.device)
 
@@ -652,9 +737,10 @@ def ocr_target(prompt: str, meta: dict) -> str:
 
 
 def ocr_score(read: str, target: str) -> float:
-    """1 if target is part of read, else 1 - min(Levenshtein distance, n) / n, n = len(target).
+    """1 if target is in read, else 1 - min(Levenshtein distance, n) / n, n = len(target).
     Case and spaces do not count."""
-    read, target = ("".join(text.lower().split()) for text in (read, target))
+    read = "".join(read.lower().split())
+    target = "".join(target.lower().split())
     if target in read:
         return 1.0
     edits = list(range(len(target) + 1))  # from what was read so far to each beginning of target
@@ -682,9 +768,8 @@ class GenEval(torch.nn.Module):
     """GenEval rules, HF detector: 1 if an image shows all that its metadata asks for, else 0.
     Not GenEval's own score, whose detector has other weights.  Metadata as GenEval's: tag,
     include [{class, count, color?, position?}], exclude?.  Source: arXiv 2310.11513.
-    Hub: facebook/mask2former-swin-small-coco-instance (licence "other") finds objects,
-    openai/clip-vit-large-patch14 (MIT) names their colours, each cut out on grey.
-    A FOLDER holds one folder of each, named as after the slash."""
+    Hub: facebook/mask2former-swin-small-coco-instance (licence "other") finds objects, CLIP_L (MIT)
+    names their colours, each cut out on grey.  A FOLDER holds a folder of each, named like it."""
 
     def __init__(self, source: str | None = None):
         super().__init__()
@@ -693,8 +778,7 @@ class GenEval(torch.nn.Module):
             hub, clip = (f"{source}/{name.split('/')[1]}" for name in (hub, clip))
         # not its class with a head: that makes a training loss, which asks for scipy
         self.detector = load_pretrained("geneval", "Mask2FormerModel", hub)
-        names = {r"^class_predictor\.": "head.0."}
-        state = load_weights("geneval", hub, "model.safetensors", names)
+        state = load_weights("geneval", hub, "model.safetensors", {r"^class_predictor": "head.0"})
         self.head = linear_stack("geneval", hub, part_of(state, "head."), "0")
         self.processor = load_pretrained("geneval", "Mask2FormerImageProcessor", hub)
         self.clip = Clip("geneval", clip)
@@ -716,19 +800,18 @@ class GenEval(torch.nn.Module):
         """(class, confidence, box, crop) of each object of an image (3, H, W)."""
         pixels = model_pixels(image[None], self.processor)
         out = self.detector(pixels, output_hidden_states=True)
-        logits = self.head(out.transformer_decoder_intermediate_states[-1].transpose(0, 1)).cpu()
-        masks = out.masks_queries_logits[-1].cpu()
-        out = SimpleNamespace(class_queries_logits=logits, masks_queries_logits=masks)
+        queries = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+        out.class_queries_logits = self.head(queries).cpu()
+        out.masks_queries_logits = out.masks_queries_logits[-1].cpu()
         options = dict(target_sizes=[tuple(image.shape[1:])], return_binary_maps=True)
         found = self.processor.post_process_instance_segmentation(out, MIN_SCORE, **options)[0]
         # without objects there is one empty map
         for info, mask in zip(found["segments_info"], found["segmentation"], strict=False):
-            y, x = mask.nonzero(as_tuple=True)
-            top, bottom = int(y.min()), int(y.max()) + 1
-            left, right = int(x.min()), int(x.max()) + 1
+            box = Image.fromarray(mask.numpy() > 0).getbbox()
+            left, top, right, bottom = box
             on_grey = torch.where(mask.to(image.device) > 0, image, 0.6)  # GenEval's grey, #999
             crop = on_grey[:, top:bottom, left:right]
-            yield self.classes[info["label_id"]], info["score"], (left, top, right, bottom), crop
+            yield self.classes[info["label_id"]], info["score"], box, crop
 
     def colours_of(self, name: str, crops: list[Tensor]) -> list[str]:
         """The nearest of COLOURS to each object of a class, by CLIP."""
@@ -761,8 +844,8 @@ def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable)
             held = set(colours_of(item["class"], crops)) == {item["color"]}
         if held and "position" in item:
             side, index = item["position"]
-            pairs = itertools.product(objects, groups[index])
-            held = bool(groups[index]) and all(side in sides(a[0], b[0]) for a, b in pairs)
+            ways = [sides(box, other) for box, _ in objects for other, _ in groups[index]]
+            held = bool(ways) and all(side in way for way in ways)
         groups.append(objects if held else [])
     for item in meta.get("exclude", []):
         if len(found[item["class"]]) >= item["count"]:
@@ -783,9 +866,9 @@ def sides(a: tuple, b: tuple) -> set[str]:
     return {side for side, holds in zip(SIDES, far, strict=True) if holds}
 
 
-VLM_TIMEOUT, VLM_REQUESTS = 120.0, 16  # s for an answer; requests at the same time
-VLM_RETRIES, VLM_BACKOFF = 3, 2.0  # tries after the first; s before the second, doubled each time
-VLM_QUESTION = (
+JUDGE_TIMEOUT, JUDGE_REQUESTS = 120.0, 16  # s for an answer; requests at the same time
+JUDGE_PAUSES = (2.0, 4.0, 8.0)  # s before each further try
+JUDGE_QUESTION = (
     "This image was generated for the prompt: {prompt}\n"
     "Rate how well it shows what the prompt asks for, and how good it looks, from 1 (poor) to 5 "
     '(perfect). Think briefly, then end with one line: "Final Score: x".'
@@ -793,58 +876,84 @@ VLM_QUESTION = (
 
 
 def vlm(source: str | None = None) -> RewardFn:
-    """A vision-language model as judge, over an OpenAI-compatible chat endpoint:  Final Score / 5.
-    0.2...1.  source: the endpoint, --reward vlm@http://HOST:PORT/v1=1, of vLLM or SGLang with, say,
-    the hub's CodeGoat24/UnifiedReward-2.0-qwen3vl-8b.  Its first model judges PNG data URLs at
-    temperature 0; OPENAI_API_KEY is sent if it is set.  Source: arXiv 2503.05236.
-    Raises UserError, in use, without an answer or a score."""
-    endpoint = source or ""
-    if not endpoint.startswith(("http://", "https://")):
-        fail("reward vlm needs an endpoint: --reward vlm@http://HOST:PORT/v1=1.")
-    model = call_vlm(endpoint, "/models")["data"][0]["id"]
+    """A vision-language model as judge, see chat_judge:  Final Score / 5, that is 0.2...1."""
+    return chat_judge("vlm", source, divisor=5)
 
-    def judge(file: bytes, prompt: str) -> float:
-        url = "data:image/png;base64," + base64.b64encode(file).decode()
-        image = {"type": "image_url", "image_url": {"url": url}}
-        question = {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}
-        message = {"role": "user", "content": [image, question]}
+
+def unifiedreward(source: str | None = None) -> RewardFn:
+    """UnifiedReward behind an endpoint, see chat_judge:  Final Score, 1...5 as in the papers.
+    Hub: CodeGoat24/UnifiedReward-2.0-qwen3vl-8b and others, of several licences.  arXiv 2503.05236.
+    JUDGE_QUESTION asks for its authors' two aspects in other words: their numbers need theirs."""
+    return chat_judge("unifiedreward", source, divisor=1)
+
+
+def chat_judge(name: str, source: str | None, divisor: float) -> RewardFn:
+    """The "Final Score: x" of a model behind an OpenAI-compatible endpoint (vLLM, SGLang).
+    source: http://HOST:PORT/v1, or http://HOST:PORT/v1#FILE: the question, {prompt} in it
+    The server's first model judges PNG images at temperature 0.  It gets OPENAI_API_KEY, if set.
+    Raises UserError, in use, without an answer or a score from 1 to 5."""
+    endpoint, _, file = (source or "").partition("#")
+    if not endpoint.startswith(("http://", "https://")):
+        fail(f"reward {name} needs an endpoint: --reward {name}@http://HOST:PORT/v1=1.")
+    try:
+        template = Path(file).read_text(encoding="utf-8") if file else JUDGE_QUESTION
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"reward {name}: {file} cannot be read ({error}).") from None
+    if "{prompt}" not in template:
+        fail(f"reward {name}: {file} does not say {{prompt}} where the prompt goes.")
+    model = ask_judge(name, f"{endpoint.rstrip('/')}/models", ("data", 0, "id"))
+
+    def judge(image: bytes, prompt: str) -> float:
+        url = "data:image/png;base64," + base64.b64encode(image).decode()
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        question = {"type": "text", "text": template.replace("{prompt}", prompt)}
+        message = {"role": "user", "content": [picture, question]}
         body = {"model": model, "temperature": 0, "messages": [message]}
-        reply = call_vlm(endpoint, "/chat/completions", body)
-        answer = reply["choices"][0]["message"]["content"]
+        chat = f"{endpoint.rstrip('/')}/chat/completions"
+        answer = ask_judge(name, chat, ("choices", 0, "message", "content"), body)
         scores = re.findall(r"Final Score:\W*([1-5](?:\.\d+)?)\b", answer)
         if not scores or float(scores[-1]) > 5:
-            fail(f"reward vlm: no score from 1 to 5 in the answer {answer[-200:]!r}.")
-        return float(scores[-1]) / 5
+            fail(f"reward {name}: no score from 1 to 5 in the answer {answer[-200:]!r}.")
+        return float(scores[-1]) / divisor
 
     def reward(images, prompts, metadata):
-        with ThreadPoolExecutor(VLM_REQUESTS) as pool:  # leaves no request behind when one fails
+        with ThreadPoolExecutor(JUDGE_REQUESTS) as pool:  # leaves no request behind when one fails
             scores = list(pool.map(judge, encoded(images, "PNG"), prompts))
         return torch.tensor(scores, device=images.device)
 
     return reward
 
 
-def call_vlm(endpoint: str, path: str, body: dict | None = None) -> dict:
-    """The JSON that an endpoint answers; tried again with growing pauses.  Raises UserError."""
-    url, data = endpoint.rstrip("/") + path, body and json.dumps(body).encode()
+def ask_judge(name: str, url: str, keys: tuple, body: dict | None = None) -> str:
+    """The text under these keys of the JSON at a URL, asked for again after JUDGE_PAUSES."""
+    request = urllib.request.Request(url, body and json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
     key = os.environ.get("OPENAI_API_KEY", "none")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    for attempt in range(VLM_RETRIES + 1):
+    request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host alone
+    for pause in (*JUDGE_PAUSES, None):
         try:
-            request = urllib.request.Request(url, data, headers)
-            with urllib.request.urlopen(request, timeout=VLM_TIMEOUT) as answer:
-                return json.load(answer)
-        except (OSError, ValueError, http.client.HTTPException) as error:  # silent, 5xx, not JSON
-            reason, code = error, getattr(error, "code", 500)
-        if code < 500 and code != 429:
+            with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT) as answer:
+                found = reply = json.load(answer)
             break
-        time.sleep(VLM_BACKOFF * 2**attempt if attempt < VLM_RETRIES else 0)
-    fail(f"reward vlm: {endpoint}{path} does not answer ({reason}).")
+        except (OSError, ValueError, http.client.HTTPException) as error:  # silent, 5xx, not JSON
+            code = getattr(error, "code", 500)
+            if pause is None or (code < 500 and code != 429):
+                raise UserError(f"reward {name}: {url} does not answer ({error}).") from error
+            time.sleep(pause)
+    try:
+        for entry in keys:
+            found = found[entry]
+    except (LookupError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        fail(f"reward {name}: {url} answers without {keys[-1]}: {str(reply)[:200]}.")
+    return found
 
 
 # ---------------------------------------------------------------------------- the names of --reward
 REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
 MODEL_REWARDS: dict[str, Callable[[str | None], RewardFn]] = {  # of a folder; None: of the hub
     "pickscore": pickscore, "clipscore": clipscore, "aesthetic": Aesthetic, "hpsv2": hpsv2,
-    "imagereward": ImageReward, "geneval": GenEval, "ocr": Ocr, "vlm": vlm,
+    "imagereward": ImageReward, "hpsv3": HPSv3, "ocr": Ocr, "geneval": GenEval,
+    "vlm": vlm, "unifiedreward": unifiedreward,
 }  # fmt: skip

@@ -1,10 +1,15 @@
 """Rewards that look or read: geneval, ocr, vlm; what the docs say of rewards of one's own."""
 
+import base64
+import contextlib
+import http.server
+import io
 import itertools
 import json
 import os
 import re
 import shutil
+import threading
 import time
 import unittest.mock
 
@@ -343,58 +348,15 @@ def test_geneval_refuses_what_it_cannot_judge(tiny_geneval):
             rewards.compute_rewards(functions, PICTURES[:1], [dict(prompt="my prompt", **meta)])
 
 
-def test_hpsv3_says_that_it_is_served():
-    with pytest.raises(rewards.UserError, match=r"hpsv3.*not built in.*MizzenAI/HPSv3.*server"):
-        rewards.load_rewards("shapes=0,hpsv3=1")
-
-
-def test_readme_rewards_of_ones_own_run(tmp_path):
-    """Both examples as they stand in the README; the served one gets its own port and a server that
-    counts pixels.
-    """
-    import base64
-    import http.server
-    import io
-    import threading
-
-    from PIL import Image
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
-            scores = [
-                file.size[0] + len(prompt)
-                for file, prompt in zip(files, body["prompts"], strict=True)
-            ]
-            data = json.dumps({"scores": scores}).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            return None
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    blocks = re.findall(
-        r"```python\n(# (\w+\.py), used as --reward (\w+\.py):(\w+)\n.*?)```",
-        DOCS,
-        re.S,
-    )
-    assert {block[3] for block in blocks} == {"hpsv3", "brightness"}
-    for code, file, used, _ in blocks:
-        assert file == used
-        (tmp_path / file).write_text(
-            code.replace("127.0.0.1:8000", f"127.0.0.1:{server.server_port}")
-        )
-    spec = ",".join(f"{tmp_path}/{file}:{name}" for _, file, _, name in blocks)
-    found = rewards.compute_rewards(
-        rewards.load_rewards(spec)[0], PICTURES, [{"prompt": p} for p in PROMPTS]
-    )
-    server.shutdown()
-    server.server_close()
-    close(found["hpsv3"], [64 + len(prompt) for prompt in PROMPTS], 1e-6, "served scores")
+def test_the_docs_reward_of_ones_own_runs(tmp_path):
+    """The example as it stands in the docs."""
+    pattern = r"```python\n(# (\w+\.py), used as --reward (\w+\.py):(\w+)\n.*?)```"
+    [(code, file, used, name)] = re.findall(pattern, DOCS, re.S)
+    assert file == used
+    (tmp_path / file).write_text(code)
+    functions, _ = rewards.load_rewards(f"{tmp_path}/{file}:{name}")
+    lines = [{"prompt": prompt} for prompt in PROMPTS]
+    found = rewards.compute_rewards(functions, PICTURES, lines)
     close(found["brightness"], PICTURES.double().mean(dim=(1, 2, 3)), 1e-6, "brightness")
 
 
@@ -460,7 +422,8 @@ def test_pickles_are_refused_and_missing_models_are_one_sentence(
     (folder / "model.safetensors").rename(folder / "hidden")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert list(HUB_IDS) + ["vlm"] == list(rewards.MODEL_REWARDS)
+    monkeypatch.setattr(rewards, "hpsv3_question", lambda: "{text_prompt}")
+    assert {*HUB_IDS, "vlm", "unifiedreward"} == set(rewards.MODEL_REWARDS)
     for name, hub in HUB_IDS.items():
         if name == "aesthetic":
             (folder / "hidden").rename(folder / "model.safetensors")  # past CLIP, to the head
@@ -476,113 +439,189 @@ def test_pickles_are_refused_and_missing_models_are_one_sentence(
     assert (tmp_path / "owned").exists(), "the pickle is a real one"
 
 
-@pytest.fixture
-def judge_server(monkeypatch):
-    """An OpenAI-compatible server on loopback; `behaviour` maps the number of a chat request to
-    what it does.
+class Judge(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server. Its server's `behaviour` says what it does: by the number of the
+    chat request, or always; `models` and `chat` are replies, `moved` the place it redirects to.
     """
-    import http.server
-    import threading
 
-    requests, behaviour = [], {}
+    def answer(self, payload, code=200):
+        data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        self.send_response(code)
+        if code == 302:
+            self.send_header("Location", self.server.behaviour["moved"])
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self, payload, code=200):
-            data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def do_GET(self):
+        self.server.keys.append(self.headers["Authorization"])
+        if "moved" in self.server.behaviour:
+            return self.answer({}, 302)
+        models = {"data": [{"id": "judge"}, {"id": "another"}]}
+        return self.answer(self.server.behaviour.get("models", models))
 
-        def do_GET(self):
-            self.answer({"data": [{"id": "judge"}]})
+    def do_POST(self):
+        requests, behaviour = self.server.requests, self.server.behaviour
+        self.server.keys.append(self.headers["Authorization"])
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        requests.append(body)
+        act = behaviour.get(len(requests) - 1, behaviour.get("always", "score"))
+        if act == "fail":
+            return self.answer({"error": "busy"}, 503)
+        if act == "reject":
+            return self.answer({"error": "no such model"}, 404)
+        if act == "silent":
+            return time.sleep(1.5)
+        if act == "delay":
+            time.sleep(0.2)
+        if act == "html":
+            return self.answer(b"<html>")
+        prompt = body["messages"][0]["content"][1]["text"]
+        score = {"a": "3", "b": "4.5", "c": "5"}[re.search(r"prompt: (\w)", prompt)[1]]
+        text = "I like it." if act == "rubbish" else f"Score 1? No.\n**Final Score: {score}**"
+        reply = {"choices": [{"message": {"content": text}}]}
+        return self.answer(behaviour.get("chat", reply))
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append(body)
-            act = behaviour.get(len(requests) - 1, behaviour.get("always", "score"))
-            if act == "fail":
-                return self.answer({"error": "busy"}, 503)
-            if act == "reject":
-                return self.answer({"error": "no such model"}, 404)
-            if act == "silent":
-                return time.sleep(1.5)
-            if act == "delay":
-                time.sleep(0.2)
-            prompt = body["messages"][0]["content"][1]["text"]
-            score = {"a": "3", "b": "4.5", "c": "5"}[re.search(r"prompt: (\w)", prompt)[1]]
-            text = "I like it." if act == "rubbish" else f"Score 1? No.\n**Final Score: {score}**"
-            return self.answer(
-                b"<html>" if act == "html" else {"choices": [{"message": {"content": text}}]}
-            )
+    def log_message(self, *args):
+        return None
 
-        def log_message(self, *args):
-            return None
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+@contextlib.contextmanager
+def serving():
+    """A judge on loopback: its URL, and the server with its requests, keys and behaviour."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.requests, server.keys, server.behaviour = [], [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(rewards, "VLM_BACKOFF", 0.01)
-    monkeypatch.setattr(rewards, "VLM_TIMEOUT", 0.5)
-    yield f"http://127.0.0.1:{server.server_port}/v1", requests, behaviour
+    yield f"http://127.0.0.1:{server.server_port}/v1", server
     server.shutdown()
     server.server_close()
 
 
-def test_vlm_over_http(judge_server):
-    import base64
-    import io
+@pytest.fixture
+def judge_server(monkeypatch):
+    monkeypatch.setattr(rewards, "JUDGE_PAUSES", (0.01, 0.02, 0.04))
+    monkeypatch.setattr(rewards, "JUDGE_TIMEOUT", 0.5)
+    with serving() as (url, server):
+        yield url, server
 
+
+LINES = [{"prompt": prompt} for prompt in "abc"]
+
+
+def judged(name, url):
+    """Scores of the three pictures for the prompts a, b and c."""
+    functions, _ = rewards.load_rewards(f"{name}@{url}=0.5")
+    return rewards.compute_rewards(functions, PICTURES, LINES)[name]
+
+
+def test_vlm_over_http(judge_server):
     from PIL import Image
 
-    url, requests, behaviour = judge_server
+    url, server = judge_server
     functions, _ = rewards.load_rewards(f"vlm@{url}=0.5")
-    lines = [{"prompt": p} for p in "abc"]
     scores = torch.tensor([0.6, 0.9, 1.0])
-    close(rewards.compute_rewards(functions, PICTURES, lines)["vlm"], scores, 1e-6, "scores")
-    sent = {
-        body["messages"][0]["content"][1]["text"].split("prompt: ")[1][0]: body for body in requests
-    }
-    data = base64.b64decode(
-        sent["b"]["messages"][0]["content"][0]["image_url"]["url"].split(",")[1]
-    )
-    pixels = (
-        torch.from_numpy(np.asarray(Image.open(io.BytesIO(data))).copy()).permute(2, 0, 1) / 255
-    )
+    close(rewards.compute_rewards(functions, PICTURES, LINES)["vlm"], scores, 1e-6, "scores")
+    sent = {}
+    for body in server.requests:
+        text = body["messages"][0]["content"][1]["text"]
+        sent[text.split("prompt: ")[1][0]] = body
+    url = sent["b"]["messages"][0]["content"][0]["image_url"]["url"]
+    picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
     close(pixels, PICTURES[1], 0.5 / 255 + 1e-6, "the image that was sent")
     assert sent["b"]["temperature"] == 0 and sent["b"]["model"] == "judge"
     for acts in ({"always": "delay"}, {0: "fail", 1: "fail"}, {0: "html"}, {1: "silent"}):
-        requests.clear()
-        behaviour.clear()
-        behaviour.update(acts)
-        close(
-            rewards.compute_rewards(functions, PICTURES, lines)["vlm"],
-            scores,
-            1e-6,
-            f"scores, server: {acts}",
-        )
+        server.requests.clear()
+        server.behaviour.clear()
+        server.behaviour.update(acts)
+        found = rewards.compute_rewards(functions, PICTURES, LINES)["vlm"]
+        close(found, scores, 1e-6, f"scores, server: {acts}")
     for act, message, tries in (
         ("fail", "503", 12),
         ("rubbish", "I like it", 3),
         ("reject", "404", 3),
         ("silent", "", 4),
     ):
-        requests.clear()
-        behaviour.clear()
-        behaviour["always"] = act
+        server.requests.clear()
+        server.behaviour.clear()
+        server.behaviour["always"] = act
         count = 1 if act == "silent" else 3
         with pytest.raises(rewards.UserError, match=f"reward vlm.*{message}"):
-            rewards.compute_rewards(functions, PICTURES[:count], lines[:count])
-        assert len(requests) <= tries, "no endless retries, none where they cannot help"
+            rewards.compute_rewards(functions, PICTURES[:count], LINES[:count])
+        assert len(server.requests) <= tries, "no endless retries, none where they cannot help"
 
 
-def test_vlm_needs_an_endpoint(monkeypatch):
-    monkeypatch.setattr(rewards, "VLM_BACKOFF", 0.01)
-    for spec, message in (
-        ("vlm", "needs an endpoint"),
-        ("vlm@http://127.0.0.1:9/v1", "does not answer"),
+def test_unifiedreward_keeps_the_papers_scale_and_asks_the_users_question(judge_server, tmp_path):
+    url, server = judge_server
+    close(judged("unifiedreward", url), torch.tensor([3.0, 4.5, 5.0]), 1e-6, "1...5")
+    question = tmp_path / "question.txt"
+    question.write_text("An {odd} question, prompt: {prompt} {prompt}?", encoding="utf-8")
+    server.requests.clear()
+    close(judged("unifiedreward", f"{url}#{question}"), torch.tensor([3.0, 4.5, 5.0]), 1e-6, "same")
+    asked = {body["messages"][0]["content"][1]["text"] for body in server.requests}
+    assert asked == {f"An {{odd}} question, prompt: {prompt} {prompt}?" for prompt in "abc"}
+    question.write_text("no place for it")
+    for file, message in (
+        (question, "does not say {prompt}"),
+        ("nowhere", "nowhere cannot be read"),
     ):
-        with pytest.raises(rewards.UserError, match=message):
-            rewards.load_rewards(spec)
+        with pytest.raises(rewards.UserError, match=f"reward unifiedreward: .*{message}"):
+            rewards.load_rewards(f"unifiedreward@{url}#{file}")
+
+
+def test_the_built_in_question_names_both_aspects_and_the_scale():
+    question = rewards.JUDGE_QUESTION
+    for part in ("{prompt}", "shows what the prompt asks for", "looks", "1 (poor)", "5 (perfect)"):
+        assert part in question, part
+    assert question.endswith('"Final Score: x".')
+
+
+@pytest.mark.parametrize("models", [{"object": "list"}, {"data": []}, {"data": [{}]}, [], 5, None])
+def test_a_reply_without_a_model_is_one_sentence(judge_server, models):
+    url, server = judge_server
+    server.behaviour["models"] = models
+    with pytest.raises(
+        rewards.UserError, match=r"vlm: http.*/models answers without id: "
+    ) as error:
+        rewards.load_rewards(f"vlm@{url}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "chat", [{}, {"choices": []}, {"choices": [{"message": {"content": None}}]}, "text"]
+)
+def test_a_reply_without_an_answer_is_one_sentence(judge_server, chat):
+    url, server = judge_server
+    server.behaviour["chat"] = chat
+    with pytest.raises(
+        rewards.UserError, match=r"vlm: http.*completions answers without content: "
+    ):
+        judged("vlm", url)
+
+
+def test_the_key_stays_with_the_host_that_it_was_given_for(judge_server, monkeypatch):
+    """The judge gets it; the host that a judge redirects to does not."""
+    url, server = judge_server
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    judged("vlm", url)
+    assert set(server.keys) == {"Bearer secret"}
+    with serving() as (other, elsewhere):
+        server.behaviour["moved"] = other.replace("127.0.0.1", "localhost") + "/models"
+        server.keys.clear()
+        rewards.load_rewards(f"vlm@{url}")
+        assert server.keys == ["Bearer secret"]
+        assert elsewhere.keys == [None]
+
+
+def test_judges_need_an_endpoint(monkeypatch):
+    monkeypatch.setattr(rewards, "JUDGE_PAUSES", (0.01, 0.02, 0.04))
+    for name in ("vlm", "unifiedreward"):
+        for spec, message in (
+            (name, "needs an endpoint"),
+            (f"{name}@http://127.0.0.1:9/v1", "does not answer"),
+        ):
+            with pytest.raises(rewards.UserError, match=f"reward {name}.*{message}"):
+                rewards.load_rewards(spec)
 
 
 def test_ocr_string_rules():

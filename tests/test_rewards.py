@@ -9,6 +9,7 @@ import unittest.mock
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from conftest import make
 
@@ -184,6 +185,106 @@ def test_reward_loading_and_checking(tmp_path):
     for text, message in specs.items():
         with pytest.raises(rewards.UserError, match=message):
             rewards.load_rewards(text)
+
+
+class Weighing(torch.nn.Module):
+    """A reward that notes where its weights are: at home, or copies of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+        self.register_buffer("table", torch.ones(3))
+        self.home = self.places()
+        self.seen = []
+
+    def places(self):
+        return [tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers())]
+
+    def forward(self, images, prompts, metadata):
+        away = [here != home for here, home in zip(self.places(), self.home, strict=True)]
+        self.seen.append(away)
+        if "fail" in prompts:
+            raise KeyError("oh")
+        return images.mean(dim=(1, 2, 3)) * self.table[0]
+
+
+def test_reward_models_visit_the_device_and_leave_it(monkeypatch):
+    """A `to` that copies stands for another device: all weights are copies during a visit, and the
+    same tensors as before it afterwards, whatever happened.
+    """
+    model, images = Weighing(), torch.rand(5, 3, 4, 4, generator=gen())
+    lines = [{"prompt": f"p{i}"} for i in range(5)]
+    moves, to = [], torch.Tensor.to
+
+    def copying(self, *args, **kwargs):
+        moves.append(self.shape)
+        return to(self, *args, **kwargs).clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", copying)
+    found = rewards.compute_rewards({"model": model}, images, lines, micro_batch=2)["model"]
+    close(found, images.mean(dim=(1, 2, 3)), 1e-6, "scores")
+    assert model.seen == [[True] * 3] * 3, "three batches, every weight away"
+    assert moves == [(1, 2), (1,), (3,)], "one visit for all batches, and nothing comes back"
+    assert model.places() == model.home
+    with pytest.raises(rewards.UserError, match="KeyError"):
+        rewards.compute_rewards({"model": model}, images[:1], [{"prompt": "fail"}])
+    assert model.places() == model.home
+    with rewards.visiting([model, rewards.jpeg], images.device):
+        away = model.places()
+        rewards.compute_rewards({"model": model}, images, lines)
+        assert model.places() == away, "the inner visit ends where it began"
+    assert model.places() == model.home
+
+
+def test_on_the_cpu_a_visit_copies_nothing():
+    model = Weighing()
+    rewards.compute_rewards({"model": model}, torch.rand(1, 3, 4, 4), [{"prompt": "p"}])
+    assert model.seen == [[False] * 3]
+
+
+def test_a_lack_of_memory_passes_through_as_itself():
+    """The scripts have a mend for it; a UserError would hide the class."""
+
+    def hungry(images, prompts, metadata):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        rewards.compute_rewards({"hungry": hungry}, torch.rand(1, 3, 4, 4), [{"prompt": "p"}])
+
+
+SENTENCES = [
+    (rewards.UserError("a mistake.\nand more"), "error: a mistake.\n"),
+    (FileNotFoundError(2, "No such file", "x.txt"), "error: [Errno 2] No such file: 'x.txt'\n"),
+    (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        "error: CUDA out of memory. Lower --micro_batch, --sample_batch or --resolution, or give "
+        "--grad_checkpointing.\n",
+    ),
+    (
+        safetensors.SafetensorError("Error while deserializing header"),
+        "error: Error while deserializing header Disk full, or a file damaged? "
+        "The checkpoint is intact.\n",
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SENTENCES)))
+def test_what_a_user_can_mend_is_one_sentence(number, capsys):
+    error, sentence = SENTENCES[number]
+    with pytest.raises(SystemExit) as stopped, rewards.one_sentence():
+        raise error
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err == sentence and not captured.out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
+def test_everything_else_passes_through(error, capsys):
+    with pytest.raises(error), rewards.one_sentence():
+        raise error("a bug")
+    with rewards.one_sentence():
+        pass
+    assert capsys.readouterr().err == ""
 
 
 PROMPTS = ["a red circle", "two blue squares", "a cyan square to the left of a red triangle"]
@@ -651,6 +752,7 @@ HUB_IDS = {
     "aesthetic": "openai/clip-vit-large-patch14",
     "hpsv2": "xswu/HPSv2",
     "imagereward": "zai-org/ImageReward",
+    "hpsv3": "Qwen/Qwen2-VL-7B-Instruct",
     "geneval": "facebook/mask2former-swin-small-coco-instance",
     "ocr": "stepfun-ai/GOT-OCR-2.0-hf",
 }
