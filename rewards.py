@@ -21,6 +21,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import sys
 import textwrap
 import time
@@ -61,10 +62,13 @@ MENDS = {
 
 @contextmanager
 def one_sentence():
-    """Turns a mistake (UserError, OSError), a lack of memory or a damaged file into one sentence on
-    stderr and exit code 2. Ctrl-C, SIGTERM and mistakes of this program's own pass through."""
+    """Ends a program that cannot go on in one sentence: for a mistake (UserError, OSError), a lack
+    of memory or a damaged file on stderr, with exit code 2; for Ctrl-C or SIGTERM with 0."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+    except KeyboardInterrupt:
+        print("Stopped: a run goes on from its last checkpoint with --resume.")
     except (UserError, OSError, *MENDS) as error:
         sentence = str(error).strip().split("\n")[0]
         print(f"error: {sentence} {MENDS.get(type(error), '')}".rstrip(), file=sys.stderr)

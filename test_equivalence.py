@@ -714,9 +714,7 @@ def test_maths_rollouts_equal_loops_sample_by_sample():
     """x_0, x_t, x_s of a batch = those of each sample alone."""
     c, steps, P, G, T = torch.tensor([0.5, -1.0], dtype=F64), [3, 1], 2, 3, 6
     x, noise = randn(P, *SHAPE, seed=1), randn(P, len(steps), G, *SHAPE, seed=2)
-    x_0, x_t, x_s = pave_grpo.branch_rollout(
-        prompted(c), x, GRID, steps, noise, 0.7, "flow", micro_batch=4
-    )
+    x_0, x_t, x_s = pave_grpo.branch_rollout(prompted(c), x, GRID, steps, noise, 0.7, "flow")
 
     def walk(v, y, i, stop):
         for j in range(i, stop):

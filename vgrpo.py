@@ -4,8 +4,7 @@
   python vgrpo.py --model sd3                       SD3.5-Medium (or flux: FLUX.1-dev) on a GPU
   torchrun --nproc_per_node=8 vgrpo.py --model sd3  the same run, its prompts split over eight
 
-Read METHOD (the paper), then main (its Algorithm 1). All else is plumbing, byte-identical in
-pave_grpo.py.
+Read METHOD (the paper), then main (its Algorithm 1). All else is the same in pave_grpo.py.
 
   t, sigma      (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0
   x_t, x_0      (B, C, H, W)   latents at t and at the end ("o" in the paper)
@@ -19,45 +18,36 @@ pave_grpo.py.
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA. Latents,
 surrogates, ratios and losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16.
 Log-likelihoods are means over latent dimensions, never sums. All randomness comes from
-`generator_for`. Left out: SDE samplers (pave_grpo.py), EMA, FSDP, pipelines but SD3 and FLUX.
+`generator_for`. Left out: SDE samplers (pave_grpo.py), EMA, pipelines but SD3 and FLUX.
 """
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as states
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from rewards import (
-    UserError,
-    compute_rewards,
-    fail,
-    group_advantages,
-    image_grid,
-    load_prompts,
-    load_rewards,
-)
+import rewards
+from rewards import fail, group_advantages, load_prompts
 
 ROOT = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
@@ -74,69 +64,7 @@ def flag(default, text: str):
 
 
 @dataclass
-class ModelConfig:
-    _argument_group_name = "model"
-    model: str = flag("tiny", "tiny, sd3, flux, a diffusers folder or hub id; picks the defaults")
-    resolution: int = flag(512, "image height and width, px")
-    guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: embedded")
-    max_sequence_length: int = flag(256, "T5 tokens of a prompt")
-    full: bool = flag(False, "train all weights, sharded under torchrun; --full false: LoRA")
-    lora_rank: int = flag(32, "LoRA rank")
-    lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
-    lora_ff: bool = flag(False, "LoRA on the feed-forward layers too, not on attention alone")
-    grad_checkpointing: bool = flag(False, "recompute activations backward: less memory, slower")
-    compile: bool = flag(False, "torch.compile the transformer block by block")
-
-
-@dataclass
-class DataConfig:
-    _argument_group_name = "data and rewards"
-    prompts: str = flag("prompts/general.txt", "training prompts: .txt, one a line, or .jsonl")
-    eval_prompts: str = flag("prompts/general.txt", "evaluation prompts, likewise")
-    reward: str = flag("hpsv2=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
-
-
-@dataclass
-class SamplingConfig:
-    _argument_group_name = "sampling"
-    prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
-    group_size: int = flag(24, "G, images in a group, all of one prompt")
-    sample_batch: int = flag(16, "images per network call while sampling, and per reward call")
-    steps: int = flag(40, "T, solver steps per training image")
-    eval_steps: int = flag(40, "solver steps per evaluation image")
-    shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
-
-
-@dataclass
-class UpdateConfig:
-    _argument_group_name = "update"
-    micro_batch: int = flag(4, "images per network call in the update; sets memory, not results")
-    adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
-    update_epochs: int = flag(1, "passes over the images of an iteration")
-    num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
-    lr: float = flag(3e-4, "AdamW learning rate, constant")
-    weight_decay: float = flag(1e-4, "AdamW weight decay")
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
-
-
-@dataclass
-class RunConfig:
-    _argument_group_name = "run"
-    iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
-    seed: int = flag(0, "seed of every random number")
-    eval_every: int = flag(10, "iterations between evaluations")
-    eval_samples: int = flag(1, "images per evaluation prompt")
-    save_every: int = flag(1, "iterations between checkpoints")
-    tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go as well")
-    run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME")
-    resume: str = flag("", "run folder to continue, with its own flags unless they are given")
-    start_from: str = flag("", "run folder whose trained weights a new run begins with")
-
-
-@dataclass
 class MethodConfig:
-    _argument_group_name = "method"
     solver: Literal["dpm2", "euler"] = flag("dpm2", "ODE solver: DPM-Solver++(2M) or Euler")
     num_pairs: int = flag(4, "N, Monte Carlo pairs (t, noise) per image")
     weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "self-normalised x, or MSE")
@@ -148,16 +76,54 @@ class MethodConfig:
 
 
 @dataclass
-class Config(MethodConfig, RunConfig, UpdateConfig, SamplingConfig, DataConfig, ModelConfig):
-    """All flags. Their defaults hold unless PRESETS replaces them for the chosen --model."""
+class Config(MethodConfig):
+    """All flags. These defaults hold unless PRESETS replaces them for the chosen --model."""
+
+    # model
+    model: str = flag("tiny", "tiny, sd3, flux, a diffusers folder or hub id; picks the defaults")
+    resolution: int = flag(512, "image height and width, px")
+    guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: embedded")
+    max_sequence_length: int = flag(256, "T5 tokens of a prompt")
+    full: bool = flag(False, "train all weights, sharded under torchrun; --full false: LoRA")
+    lora_rank: int = flag(32, "LoRA rank")
+    lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
+    grad_checkpointing: bool = flag(False, "recompute activations backward: less memory, slower")
+    compile: bool = flag(False, "torch.compile the transformer block by block")
+    # data and rewards
+    prompts: str = flag("prompts/general.txt", "training prompts: .txt, one a line, or .jsonl")
+    eval_prompts: str = flag("prompts/general.txt", "evaluation prompts, likewise")
+    reward: str = flag("hpsv3=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
+    # sampling
+    prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
+    group_size: int = flag(24, "G, images in a group, all of one prompt")
+    sample_batch: int = flag(16, "images per network call while sampling, and per reward call")
+    steps: int = flag(40, "T, solver steps per training image")
+    eval_steps: int = flag(40, "solver steps per evaluation image")
+    shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
+    # update
+    micro_batch: int = flag(4, "images per network call in the update; sets memory, not results")
+    adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
+    update_epochs: int = flag(1, "passes over the images of an iteration")
+    num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
+    lr: float = flag(3e-4, "AdamW learning rate, constant")
+    weight_decay: float = flag(1e-4, "AdamW weight decay")
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    # run
+    iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
+    seed: int = flag(0, "seed of every random number")
+    eval_every: int = flag(10, "iterations between evaluations")
+    eval_samples: int = flag(1, "images per evaluation prompt")
+    save_every: int = flag(1, "iterations between checkpoints")
+    run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME")
+    resume: str = flag("", "run folder to continue, with its own flags unless they are given")
+    start_from: str = flag("", "run folder whose trained weights a new run begins with")
 
 
 SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
 MODEL_IDS = {"tiny": str(ROOT / "tiny_sd3"), "sd3": SD3, "flux": FLUX}
-PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-MAY_BE_ZERO = (
-    "iterations", "seed", "weight_decay", "soft_clip", "clip_range", "kl_beta", "ref_kl_beta"
-)  # fmt: skip
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # of other models: preset
+MAY_BE_ZERO = "iterations seed weight_decay soft_clip clip_range kl_beta ref_kl_beta".split()
 PRESETS = {
     "tiny": dict(
         prompts="prompts/shapes_train.jsonl", eval_prompts="prompts/shapes_test.jsonl",
@@ -175,27 +141,12 @@ PRESETS = {
 }  # fmt: skip
 
 
-def default_flags(model: str, resume: str):
-    """Defaults of the model's preset, or the flags of the run to resume.  Raises UserError."""
-    if resume:
-        return read_checkpoint(Path(resume))["config"]
-    if model in PRESETS:
-        return PRESETS[model]
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.load_config(model).get("_class_name")
-    if pipeline not in PIPELINES:
-        fail(f"--model {model} is a {pipeline}; it must be one of {', '.join(PIPELINES)}.")
-    return PRESETS[PIPELINES[pipeline]]
-
-
 def parse_args(argv: list[str] | None = None) -> Config:
     """Reads the flags: --model, or the run to --resume, picks the defaults.  Raises UserError."""
     from transformers import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    groups = Config.__mro__[-2:0:-1]  # ModelConfig ... MethodConfig: the groups of --help
-    parser = HfArgumentParser(groups, usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(Config, usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
     parser.error = fail  # type: ignore[method-assign]  # one sentence, no usage text
     for action in parser._actions:
         if action.nargs == "+":
@@ -205,8 +156,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parser.set_defaults(**default_flags(chosen.model, chosen.resume))
     args = Config(**vars(parser.parse_args(argv)))
     for name, value in vars(args).items():
-        number = type(value) in (int, float)
-        if number and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
+        may_be_zero = name in MAY_BE_ZERO and value == 0
+        if type(value) in (int, float) and not (may_be_zero or 0 < value < math.inf):
             fail(f"--{name} is {value}; it must be positive.")
     if args.group_size < 2:
         fail("--group_size must be at least 2: advantages compare the images of a group.")
@@ -214,10 +165,19 @@ def parse_args(argv: list[str] | None = None) -> Config:
         fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
     if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
         fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
-    if args.tracker != "none" and not find_spec(args.tracker):
-        fail(f"--tracker {args.tracker} needs its package: pip install tensorboard wandb.")
-    images_per_prompt(args)
+    images_per_prompt(args)  # checks the method's flags
     return args
+
+
+def default_flags(model: str, resume: str):
+    """Defaults of the model's preset, or the flags of the run to resume.  Raises UserError."""
+    if resume:
+        return read_checkpoint(Path(resume))["config"]
+    if model not in PRESETS:
+        from diffusers import DiffusionPipeline
+
+        model = CLASSES.get(DiffusionPipeline.load_config(model)["_class_name"], "")
+    return PRESETS.get(model) or fail("--model is neither an SD3 nor a FLUX pipeline.")
 
 
 # -------------------------------------------------------------------------------------- sigma grid
@@ -225,8 +185,7 @@ def sigma_grid(num_steps: int, shift: float) -> Tensor:
     """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
     num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
-    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing.
-    """
+    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing."""
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * s / (1 + (shift - 1) * s)).float()
 
@@ -248,9 +207,8 @@ def micro_batches(total: int, size: int, label: str, block: int | None = None):
 
 
 # ------------------------------------------------------------------------------------------- model
-def blocks(net) -> list[torch.nn.Module]:
-    """Transformer blocks of an SD3 or FLUX network: the units of compilation and sharding."""
-    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
 
 
 class Model:
@@ -268,16 +226,19 @@ class Model:
         self.cache: dict[str, tuple[Tensor, Tensor]] = {}
         self.vae = pipe.vae.to(device)
         self.transformer = pipe.transformer.requires_grad_(False)
-        # The model before training: LoRA shares its frozen weights, --full copies it for a KL.
-        shared = [] if args.full else self.transformer.parameters()
-        memo = {id(weight): weight for weight in shared}
-        copied = getattr(args, INITIAL_KL) or not args.full
-        self.initial = copy.deepcopy(self.transformer, memo) if copied else None
-        nets = [net for net in (self.transformer, self.initial) if net is not None]
+        self.initial, nets = None, [self.transformer]
+        if getattr(args, INITIAL_KL):  # the model before training; LoRA shares its frozen weights
+            shared = [] if args.full else self.transformer.parameters()
+            memo = {id(weight): weight for weight in shared}
+            self.initial = copy.deepcopy(self.transformer, memo)
+            nets.append(self.initial)
         self.transformer.requires_grad_(args.full)
         for net in nets:
-            if args.full and WORLD_SIZE > 1:
-                shard(net)
+            blocks = [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+            for part in [*blocks, net] if args.full and WORLD_SIZE > 1 else ():
+                fully_shard(part)
+            for block in blocks if args.compile else ():
+                block.compile()
             net.to(device)
         if not args.full:
             self.add_lora()
@@ -285,51 +246,36 @@ class Model:
         self.trainable = {name: weight for name, weight in named if weight.requires_grad}
         if args.grad_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if args.compile:
-            torch._dynamo.config.recompile_limit = 64  # a block has more variants than 8
-            for block in [block for net in nets for block in blocks(net)]:
-                block.compile()
 
     def add_lora(self) -> None:
-        """LoRA on both streams' attention projections, fp32: bf16 would round updates away."""
+        """LoRA on attention and FLUX's feed-forward, fp32: bf16 would round its updates away."""
+        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        layers += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-        if self.args.lora_ff:
-            layers += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+        layers = ATTENTION + FEED_FORWARD if self.is_flux else ATTENTION
         sizes = {"r": self.args.lora_rank, "lora_alpha": self.args.lora_alpha}
         config = LoraConfig(target_modules=layers, init_lora_weights="gaussian", **sizes)
         with torch.random.fork_rng([]):  # peft draws from the global generator
             torch.manual_seed(generator_for(self.args.seed, "lora").initial_seed())
             self.transformer.add_adapter(config)
-        for weight in self.transformer.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()
+        cast_training_params(self.transformer)
 
     @torch.no_grad()
-    def cache_prompts(self, prompts) -> None:
-        """Makes the cache hold these prompts alone, in host memory, a few MB each.
-        The encoders (T5: 9.5 GB) visit the device only to encode the new ones.
-        """
-        prompts = dict.fromkeys(prompts)
-        self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt in self.cache}
-        new = [prompt for prompt in prompts if prompt not in self.cache]
-        if not new:
-            return
+    def cache_prompts(self, prompts: list[str]) -> None:
+        """Keeps these prompts' encodings, 3 to 4 MB each, in host memory, and drops all others.
+        The encoders (T5: 9.5 GB) visit the device for what is new."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt not in new}
         parts = self.pipe.components.items()
-        encoders = [part for name, part in parts if part and name.startswith("text_encoder")]
+        encoders = [part for name, part in parts if new and name.startswith("text_encoder")]
         options = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
         if not self.is_flux:
             options |= {"prompt_3": None, "do_classifier_free_guidance": False}
-        for encoder in encoders:
-            encoder.to(self.device)
-        for prompt in tqdm(new, "encode prompts", leave=False, disable=BAR_OFF):
-            encoded = self.pipe.encode_prompt(prompt, None, **options)
-            context, pooled = encoded[0], encoded[1 if self.is_flux else 2]
-            self.cache[prompt] = context[0].cpu(), pooled[0].cpu()
-        for encoder in encoders:
-            encoder.to("cpu")
+        with rewards.visiting(encoders, self.device):
+            for prompt in new:
+                encoded = self.pipe.encode_prompt(prompt, None, **options)
+                context, pooled = encoded[0], encoded[1 if self.is_flux else 2]
+                self.cache[prompt] = context[0].cpu(), pooled[0].cpu()
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached."""
@@ -342,8 +288,7 @@ class Model:
     def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
         """v(x_t, t) of the model, or of the initial one.
         x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts
-        Returns v like x_t. If the text encoders are bf16 (CUDA), the transformer autocasts.
-        """
+        Returns v like x_t. If the text encoders are bf16 (CUDA), the transformer autocasts."""
         self.evaluations += len(x_t)
         net = self.initial if initial else self.transformer
         copies = len(x_t) // len(cond[0])
@@ -353,7 +298,7 @@ class Model:
             if self.is_flux:
                 v = self.flux_velocity(net, x, t, context, pooled)
             else:
-                v = net(x, context, pooled, timestep=1000 * t, return_dict=False)[0]
+                v = net(x, context, pooled, timestep=1000 * t).sample
         return v.to(x_t.dtype)
 
     def flux_velocity(self, net, x, t, context, pooled) -> Tensor:
@@ -365,7 +310,7 @@ class Model:
         scale = torch.full_like(t, self.args.guidance_scale)
         guidance = scale if net.config.guidance_embeds else None
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-        v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance, return_dict=False)[0]
+        v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
         return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
 
     def velocity_fn(self, lines: list[dict], initial: bool = False) -> VelocityFn:
@@ -392,23 +337,21 @@ class Model:
         """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]; the VAE is fp32."""
         z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
         parts = z.split(self.args.micro_batch)
-        images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
+        images = torch.cat([self.vae.decode(part).sample for part in parts])
         return (images / 2 + 0.5).clamp(0, 1)
 
     def save(self, folder: Path) -> str:
         """Saves the weights (LoRA; --full: all) for diffusers; returns the line that loads them."""
-        path, net = folder.as_posix(), self.transformer
-        weights = whole(net.state_dict() if self.args.full else self.trainable)
+        net, path = self.transformer, folder.as_posix()
+        weights = states.get_model_state_dict(net, options=WHOLE)
         if RANK > 0:
             return ""
         if self.args.full:
             net.save_config(folder / "transformer")
             file = folder / "transformer/diffusion_pytorch_model.safetensors"
             safetensors.torch.save_file(weights, file, {"format": "pt"})
-            return (
-                f'pipe.transformer = type(pipe.transformer).from_pretrained("{path}/transformer")'
-            )
-        layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
+            return f'pipe.transformer = {type(net).__name__}.from_pretrained("{path}/transformer")'
+        layers = {name.replace(".default.", "."): weights[name] for name in self.trainable}
         metadata = net.peft_config["default"].to_dict()  # holds rank and alpha
         self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
         return f'pipe.load_lora_weights("{path}")'
@@ -424,7 +367,7 @@ def load_model(args: Config, device: torch.device) -> Model:
         library.utils.logging.disable_progress_bar()
     path = MODEL_IDS.get(args.model, args.model)
     parts = diffusers.DiffusionPipeline.load_config(path)
-    absent = {name: None for name, part in parts.items() if part == [None, None]}  # a missing T5
+    absent = {name: None for name in parts if parts[name] == [None, None]}  # a missing T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full else half
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
@@ -456,7 +399,8 @@ class Batch:
     x0_old: Tensor | None = None  # (n, N, C, H, W) predictions of theta_old, for the KL
 
     def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(*[None if held is None else held[rows] for held in vars(self).values()])
+        fields = vars(self).values()
+        return Batch(*[None if held is None else held[rows] for held in fields])
 
 
 def ode_sample(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, solver: str = "dpm2") -> Tensor:
@@ -466,11 +410,10 @@ def ode_sample(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, solver: str =
                 D = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
     h: step in lam = log((1 - t) / t), the paper's lambda for alpha = 1 - t, sigma = t. It is
     infinite at t = 1 and t = 0, so the first two steps and the last have D = x0_hat.
-    x: (B, C, H, W) noise;  sigmas: (T + 1,) from 1 to 0.  Returns x_0, like x.
-    """
+    x: (B, C, H, W) noise;  sigmas: (T + 1,) from 1 to 0.  Returns x_0, like x."""
     lam = torch.log1p(-sigmas) - torch.log(sigmas)
     x0_prev = None
-    for i, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         v = velocity_fn(x, t)
         if solver == "euler":
             x = x + (t_next - t) * v
@@ -521,8 +464,7 @@ def draw_pairs(
 
 def sample(model: Model, prompts, sigmas, args, iteration) -> Batch:
     """G final latents of each prompt, and the pairs that will score them.   [Alg. 1]
-    prompts: slot -> prompt line, the slots of this process;  sigmas: (T + 1,)
-    """
+    prompts: slot -> prompt line, the slots of this process;  sigmas: (T + 1,)"""
     group = range(args.group_size)
     lines = [line for line in prompts.values() for _ in group]
     draws = [(args.seed, iteration, "noise", slot, i) for slot in prompts for i in group]
@@ -544,8 +486,7 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive") -> tuple[Tensor,
         x, v, eps: l = mean_d (s (v - (noise - x_0)))^2, s = t, 1, 1 - t: MSE of that prediction
     x_0: (B, C, H, W);  t: (B, N) in (0, 1];  noise: (B, N, C, H, W)
     Returns L (B,) and x0_hat (B, N, C, H, W).
-    Deviation: means where the paper prints a norm (as the released code); denominator >= 1e-5.
-    """
+    Deviation: means where the paper prints a norm (as the released code); denominator >= 1e-5."""
     assert len(t) == len(x_0), "one row of t for each sample"
     assert noise.shape == (*t.shape, *x_0.shape[1:]), "noise (B, N, ...) for t (B, N), x_0 (B, ...)"
     losses, x0_hats = [], []
@@ -580,8 +521,7 @@ def vgrpo_loss(
         loss = -J + beta mean(D) + beta_ref mean(D_ref)
     L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps > 0, None = no clip
     kl, ref_kl: (B,) D to the behaviour policy (x-space), to the initial model (v-space); None = 0
-    Returns loss () and detached metrics.  Deviation: the last term is ours, off at beta_ref = 0.
-    """
+    Returns loss () and detached metrics.  Deviation: the last term is ours, off at beta_ref = 0."""
     ratio = torch.exp(L_old - L_new)
     clipped = ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range)
     policy = -torch.minimum(ratio * adv, clipped * adv).mean()
@@ -605,8 +545,7 @@ def backward_pairs(velocity_fn, initial_fn, batch: Batch, args, share: float) ->
     L is a mean over pairs inside exp. So the chain rule is split: dloss/dL follows from the value
     of L alone, and weighs each pair's gradient. This equals loss.backward() over all pairs.
     Where theta is theta_old, ratio = 1 and D = 0 whatever L is: no first pass is needed.
-    Returns L_old, L_new, D, D_ref as (4, B).
-    """
+    Returns L_old, L_new, D, D_ref as (4, B)."""
     L_now = L_old = torch.zeros_like(batch.adv)
     if batch.L_old is not None:
         L_old = batch.L_old
@@ -645,32 +584,30 @@ def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
         part = batch[rows]
         velocity_fn = model.velocity_fn(part.lines)
         stored.append(surrogate(velocity_fn, part.x_0, part.t, part.noise, args.weighting))
-    L_old, x0_old = zip(*stored, strict=True)
-    batch.L_old, batch.x0_old = torch.cat(L_old), torch.cat(x0_old)
+    batch.L_old, batch.x0_old = (torch.cat(parts) for parts in zip(*stored, strict=True))
 
 
 def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor]:
     """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [Alg. 1]
     batch: with adv;  step: one optimizer step on the gradients so far, which it sets to zero
-    Returns the metrics of all samples of this process in every pass.
-    """
+    Returns the metrics of all samples of all processes in every pass."""
     total, minibatch = len(batch.lines), len(batch.lines) // args.num_minibatches
     if args.update_epochs * args.num_minibatches > 1:
         store_old(model, batch, args, minibatch)
-    terms = batch.adv.new_zeros(4, args.update_epochs, total)  # L_old, L_new, D, D_ref
+    terms = batch.adv.new_zeros(args.update_epochs, total, 4)  # L_old, L_new, D, D_ref
     for epoch in range(args.update_epochs):
         for rows in micro_batches(total, args.micro_batch, "update", minibatch):
             part = batch[rows]
             velocity_fn = model.velocity_fn(part.lines)
             initial_fn = model.velocity_fn(part.lines, initial=True)
-            share = len(part.lines) / (minibatch * WORLD_SIZE)
-            terms[:, epoch, rows] = backward_pairs(velocity_fn, initial_fn, part, args, share)
+            share = len(part.lines) / minibatch
+            terms[epoch, rows] = backward_pairs(velocity_fn, initial_fn, part, args, share).T
             if rows.stop % minibatch == 0:
                 step()
-    L_old, L_new, D, D_ref = terms.flatten(1)
-    adv, clip_range = batch.adv.repeat(args.update_epochs), args.clip_range or None
-    controls = (D, args.kl_beta, D_ref, args.ref_kl_beta)
-    return vgrpo_loss(L_new, L_old, adv, clip_range, *controls)[1]
+    L_old, L_new, D, D_ref = gather(terms.flatten(0, 1)).T.contiguous()
+    adv = gather(batch.adv.repeat(args.update_epochs))
+    controls = (args.clip_range or None, D, args.kl_beta, D_ref, args.ref_kl_beta)
+    return vgrpo_loss(L_new, L_old, adv, *controls)[1]
 
 
 # --------------------------------------------------------------------------- evaluation and images
@@ -678,62 +615,57 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
 def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
     """Rewards of final latents, decoded and scored in micro-batches: no image is kept.
     x_0: (n, C, H, W);  lines: n prompt lines;  per_prompt: images of a prompt, one after the other
-    Returns name -> (N,), those of all processes, prompt-major.  Raises UserError.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in reward_fns}
-    for rows in micro_batches(len(lines), args.sample_batch, "reward"):
-        images = model.decode(x_0[rows])
-        scores = compute_rewards(reward_fns, images, lines[rows], args.sample_batch)
-        for name, reward in scores.items():
-            found[name].append(reward)
-    rewards = {}
-    for name, parts in found.items():
-        here = torch.cat(parts).view(-1, per_prompt)
-        rewards[name] = gather(here).flatten()
-    return rewards
+    Returns name -> (N,), those of all processes, prompt-major.  Raises UserError."""
+    found = []
+    with rewards.visiting(reward_fns.values(), model.device):
+        for rows in micro_batches(len(lines), args.sample_batch, "reward"):
+            images = model.decode(x_0[rows])
+            found.append(rewards.compute_rewards(reward_fns, images, lines[rows]))
+    scores = {}
+    for name in reward_fns:
+        here = torch.cat([part[name] for part in found])
+        scores[name] = gather(here.view(-1, per_prompt)).flatten()
+    return scores
 
 
 @torch.no_grad()
 def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
     """Mean rewards, from the same noise at every evaluation, and samples/iter_XXXX.png.
     Process r makes every WORLD_SIZE-th image from r on; where that does not divide, the first
-    images are made twice and counted once.
-    """
+    images are made twice and counted once."""
     total = len(lines) * args.eval_samples
     padded = math.ceil(total / WORLD_SIZE) * WORLD_SIZE
-    here = [i % total for i in range(RANK, padded, WORLD_SIZE)]
-    prompts = [lines[i % len(lines)] for i in here]
-    draws = [("eval", i % len(lines), i // len(lines)) for i in here]
+    here = [divmod(i % total, len(lines)) for i in range(RANK, padded, WORLD_SIZE)]
+    prompts = [lines[number] for _, number in here]
+    draws = [("eval", number, sample) for sample, number in here]
     sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
     x_0 = generate(model, prompts, draws, sigmas, args)
-    rewards = score(model, x_0, prompts, reward_fns, args)
+    scores = score(model, x_0, prompts, reward_fns, args)
     if RANK == 0:
         captions = [line["prompt"] for line in prompts[:12]]
-        grid = image_grid(model.decode(x_0[:12]), captions)
+        grid = rewards.image_grid(model.decode(x_0[:12]), captions)
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    scores = {}
-    for name, reward in rewards.items():
-        scores[f"eval/{name}"] = reward[:total].mean().item()
-    return scores
+    return {f"eval/{name}": scores[name][:total].mean().item() for name in scores}
 
 
 # -------------------------------------------------------------------------- checkpoint and logging
 CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
+WHOLE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
+    flatten_optimizer_state_dict=True, strict=False,
+)  # fmt: skip
 
 
 def save_checkpoint(run_dir: Path, iteration: int, args, model: Model, optimizer) -> None:
     """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
-    tensors = {}
-    for name, weight in model.trainable.items():
-        tensors[name] = weight.data
-        for key, value in optimizer.state[weight].items():
-            tensors[f"{name}.{key}"] = value
-    tensors = whole(tensors)
+    weights, moments = states.get_state_dict(model.transformer, optimizer, options=WHOLE)
     if RANK > 0:
         return
+    tensors = {name: value for name, value in weights.items() if name in model.trainable}
+    tensors |= {name: value for name, value in moments.items() if torch.is_tensor(value)}
+    state = {"iteration": iteration, "config": vars(args)}
     path = run_dir / CHECKPOINT
     new = path.with_suffix(".new")
-    state = {"iteration": iteration, "config": vars(args)}
     safetensors.torch.save_file(tensors, new, {"state": json.dumps(state)})
     with new.open("r+b") as file:  # Windows syncs only what is open for writing
         os.fsync(file.fileno())
@@ -762,55 +694,31 @@ def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
         if name not in saved or saved[name].shape != weight.shape:
             flags = {key: state["config"][key] for key in ("model", "full", "lora_rank")}
             fail(f"{run_dir} holds other weights, of a run with {flags}.")
-        weight.data.copy_(part_of(saved[name], weight))
-        if optimizer and f"{name}.step" in saved:
-            fused = optimizer.defaults["fused"]  # then AdamW keeps its step beside the weight
-            optimizer.state[weight] = {
-                "step": saved[f"{name}.step"].to(weight.device if fused else "cpu"),
-                "exp_avg": part_of(saved[f"{name}.exp_avg"], weight),
-                "exp_avg_sq": part_of(saved[f"{name}.exp_avg_sq"], weight),
-            }
+    net, options = model.transformer, replace(WHOLE, flatten_optimizer_state_dict=False)
+    states.set_model_state_dict(net, saved, options=options)
+    if optimizer:
+        here = states.get_optimizer_state_dict(net, optimizer)
+        for name, moments in here["state"].items():
+            moments |= {moment: saved[f"state.{name}.{moment}"] for moment in moments}
+        states.set_optimizer_state_dict(net, optimizer, here, options=options)
     return state["iteration"]
 
 
 def open_run(args: Config, done: int):
     """The run's folder and its open metrics.jsonl; only rank 0 writes.
-    After a resume, lines newer than the checkpoint are dropped: one line an iteration, from 0.
-    """
-    script = Path(__file__)
-    name = f"{script.stem}-{Path(args.model).name}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    After a resume, lines newer than the checkpoint are dropped: one line an iteration, from 0."""
+    name = f"{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}"
+    new = f"runs/{name}-{time.strftime('%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or new)
     if RANK > 0:
         return run_dir, open(os.devnull, "w")
     for folder in ("samples", "checkpoint"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copy(script, run_dir)
-    config = json.dumps(vars(args), indent=1)
-    (run_dir / "config.json").write_text(config, encoding="utf-8")
+    (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if done else []
     path.write_bytes(b"".join(lines[: done + 1]))
     return run_dir, path.open("a", buffering=1, newline="\n")
-
-
-def open_tracker(args: Config, run_dir: Path):
-    """TensorBoard's writer into the run folder, or None; W&B reads along.   [--tracker]"""
-    if args.tracker == "none" or RANK > 0:
-        return None
-    if args.tracker == "wandb":
-        import wandb
-
-        wandb.init(dir=run_dir, config=vars(args), sync_tensorboard=True)
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir))
-
-
-def record(metrics: dict, log, tracker) -> None:
-    """Writes a line of metrics.jsonl, and the same numbers to the tracker."""
-    print(json.dumps(metrics), file=log)
-    for name, value in metrics.items() if tracker else ():
-        tracker.add_scalar(name, value, metrics["iteration"])
 
 
 @contextmanager
@@ -838,31 +746,6 @@ def start_processes() -> torch.device:
     return device
 
 
-def shard(net) -> None:
-    """Splits weights, gradients and optimizer over the processes, block by block.   [FSDP2]"""
-    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (WORLD_SIZE,))
-    for unit in [*blocks(net), net]:
-        fully_shard(unit, mesh=mesh)
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Full CPU copies of tensors that may be sharded; of process 0, empty elsewhere."""
-    full = {}
-    for name, tensor in tensors.items():
-        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if RANK == 0:
-            full[name] = gathered.detach().cpu().contiguous()
-    return full
-
-
-def part_of(tensor: Tensor, weight: Tensor) -> Tensor:
-    """A full tensor as weight is: on its device, and this process's part if it is sharded."""
-    tensor = tensor.to(weight.device)
-    if isinstance(weight, DTensor):
-        return distribute_tensor(tensor, weight.device_mesh, weight.placements)
-    return tensor
-
-
 def gather(here: Tensor) -> Tensor:
     """Rows of all processes, (n, ...) -> (N, ...): row i of process r becomes i WORLD_SIZE + r."""
     everyone = here.new_zeros(len(here) * WORLD_SIZE, *here.shape[1:])
@@ -872,35 +755,20 @@ def gather(here: Tensor) -> Tensor:
     return everyone
 
 
-def average(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Metrics over all processes: the mean of means, the largest of maxima ("max" in the name)."""
-    averaged = {}
-    for name, value in metrics.items():
-        values = gather(value.view(1))
-        value = values.max() if "max" in name else values.mean()
-        averaged[name] = value.item()
-    return averaged
-
-
 def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
-    """One step on gradients summed over processes and clipped; skipped if their norm is not finite.
-    norms: the norms so far, to which this one's is added.  Raises UserError at three bad in a row.
-    """
+    """One step on gradients averaged over processes and clipped; none if they are not finite.
+    norms: of the gradients so far; this one's is added.  Raises UserError at three bad in a row."""
     weights = optimizer.param_groups[0]["params"]
-    for weight in weights:
-        if weight.grad is None or WORLD_SIZE == 1:
-            continue
-        if isinstance(weight, DTensor):
-            weight.grad *= WORLD_SIZE  # FSDP2 averages, and shares hold 1 / WORLD_SIZE already
-        else:
+    if WORLD_SIZE > 1 and not args.full:  # --full: FSDP2 averages them in the backward pass
+        for weight in weights:
             dist.all_reduce(weight.grad)
+            weight.grad /= WORLD_SIZE
     norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     norms.append(norm.item())
     if math.isfinite(norms[-1]):
         optimizer.step()
-    elif len(norms) >= 3 and not any(map(math.isfinite, norms[-3:])):
+    elif len(norms) > 2 and not any(map(math.isfinite, norms[-3:])):
         fail("three gradients in a row were not finite; continue before them with a lower --lr.")
     optimizer.zero_grad()
 
@@ -911,22 +779,8 @@ def prompt_schedule(lines: list[dict], args: Config) -> list[dict]:
     schedule: list[dict] = []
     while len(schedule) < args.iterations * args.prompts_per_iter:
         generator = generator_for(args.seed, len(schedule) // len(lines), "prompts")
-        order = torch.randperm(len(lines), generator=generator)
-        schedule += [lines[i] for i in order]
+        schedule += [lines[i] for i in torch.randperm(len(lines), generator=generator)]
     return schedule
-
-
-def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM append to; the same signal again ends the process at once."""
-    caught: list[int] = []
-
-    def handler(number, _frame):
-        signal.signal(number, signal.SIG_DFL)
-        caught.append(number)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return caught
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -937,93 +791,73 @@ def main(argv: list[str] | None = None) -> None:
     steps = args.update_epochs * args.num_minibatches
     if RANK == 0:
         sizes = f"{P} prompts x {images} images and {steps} gradient step(s)"
-        print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)", flush=True)
-    reward_fns, reward_weights = load_rewards(args.reward)
+        print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)")
+    reward_fns, reward_weights = rewards.load_rewards(args.reward)
     model = load_model(args, device)
-    trainable = list(model.trainable.values())
-    optimizer = torch.optim.AdamW(
-        trainable, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda"
-    )
+    weights, fused = model.trainable.values(), device.type == "cuda"
+    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=args.weight_decay, fused=fused)
     if args.start_from and not args.resume:
         load_checkpoint(Path(args.start_from), model)
     done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
     run_dir, log = open_run(args, done)
-    tracker = open_tracker(args, run_dir)
+    if RANK == 0:
+        script = Path(__file__).name
+        print(f"After a stop, continue with: python {script} --resume {run_dir}", flush=True)
     schedule = prompt_schedule(train_lines, args)
     sigmas = sigma_grid(args.steps, args.shift).to(device)
-    model.cache_prompts(["", *[line["prompt"] for line in eval_lines]])
-    before = scores = evaluate(model, args, eval_lines, reward_fns, run_dir, done)
+    eval_prompts = ["", *[line["prompt"] for line in eval_lines]]
+    model.cache_prompts(eval_prompts)
+    before = after = evaluate(model, args, eval_lines, reward_fns, run_dir, done)
     if not done:
-        record({"iteration": 0} | before, log, tracker)
+        print(json.dumps({"iteration": 0} | before), file=log)
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
-    caught = catch_signals()
     numbers = range(done + 1, args.iterations + 1)
     bar = tqdm(numbers, "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
-        if iteration == done + 1 or iteration % 10 == 0:  # encode ten iterations ahead
-            first = (iteration - 1) * P + RANK
-            ahead = eval_lines + schedule[first : (iteration + 10) * P : WORLD_SIZE]
-            model.cache_prompts(["", *[line["prompt"] for line in ahead]])
         slots = range(RANK, P, WORLD_SIZE)  # whole groups of this process
         prompts = {slot: schedule[(iteration - 1) * P + slot] for slot in slots}
+        model.cache_prompts(eval_prompts + [line["prompt"] for line in prompts.values()])
         logged: dict = {"iteration": iteration}
         measured = partial(stage, model=model, metrics=logged, images=len(prompts) * images)
         # >>> METHOD: Algorithm 1, in its order
         with measured("sample"):
             batch = sample(model, prompts, sigmas, args, iteration)
         with measured("reward"):
-            rewards = score(model, batch.x_0, batch.lines, reward_fns, args, images)
+            scores = score(model, batch.x_0, batch.lines, reward_fns, args, images)
         with measured("update"):
             clamp = None if args.soft_clip else 5.0
             grouping = (args.group_size, reward_weights, args.adv_std, clamp)
-            adv, metrics = group_advantages(rewards, *grouping)
+            adv, metrics = group_advantages(scores, *grouping)
             if args.soft_clip:
                 adv = soft_clip(adv, args.soft_clip)  # Eq. 17
             batch.adv = adv.view(P, -1)[RANK::WORLD_SIZE].flatten()  # the inverse of gather
             metrics |= update(model, batch, args, step)
         del batch  # its memory is the next iteration's
         # <<< METHOD
-        logged |= average(metrics)
-        finite = [norm for norm in norms[-steps:] if math.isfinite(norm)]  # the steps taken
+        taken = [norm for norm in norms[-steps:] if math.isfinite(norm)]
+        logged |= {name: value.item() for name, value in metrics.items()}
         logged["optim/lr"] = args.lr
-        logged["optim/grad_norm"] = sum(finite) / max(1, len(finite))
-        logged["optim/skipped_steps"] = steps - len(finite)
+        logged["optim/grad_norm"] = sum(taken) / max(1, len(taken))
+        logged["optim/skipped_steps"] = steps - len(taken)
         logged["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # CPU: 0
-        signals = gather(torch.tensor([len(caught)], device=device))
-        stopped = bool(signals.any())  # one process's signal stops all
         last = iteration == args.iterations
         if iteration % args.eval_every == 0 or last:
-            scores = evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
-            logged |= scores
-        record(logged, log, tracker)
+            after = evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
+            logged |= after
+        print(json.dumps(logged), file=log)
         bar.set_postfix({name: f"{logged[name]:.4f}" for name in ("reward/mean", "time/update")})
-        due = iteration % args.save_every == 0 or last or stopped
-        if due and math.isfinite(norms[-1]):
+        if (iteration % args.save_every == 0 or last) and math.isfinite(norms[-1]):
             save_checkpoint(run_dir, iteration, args, model, optimizer)
-        if stopped:
-            if RANK == 0:
-                script = Path(__file__).name
-                print(f"Stopped; continue with: python {script} --resume {run_dir}")
-            return
     recipe = model.save(run_dir) if args.iterations else "none were trained"
     if RANK == 0:
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
         for name in before:
-            print(f"{name}: {before[name]:.3f} -> {scores[name]:.3f}")
+            print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-MENDS = {
-    torch.OutOfMemoryError: "Lower --micro_batch or --resolution, or give --grad_checkpointing.",
-    safetensors.SafetensorError: "Disk full, or a file damaged? The checkpoint is intact.",
-}
-
 if __name__ == "__main__":
-    try:
+    with rewards.one_sentence():  # mistakes end in one sentence and exit code 2
         main()
-    except (UserError, OSError, *MENDS) as error:  # one sentence, exit code 2
-        sentence = str(error).strip().split("\n")[0]
-        print(f"error: {sentence} {MENDS.get(type(error), '')}".rstrip(), file=sys.stderr)
-        sys.exit(2)

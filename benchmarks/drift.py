@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import vgrpo  # noqa: E402
+from rewards import compute_rewards, load_rewards  # noqa: E402
 
 
 @torch.no_grad()
@@ -36,8 +37,8 @@ def main() -> None:
     initial, trained = model.velocity_fn(lines, initial=True), model.velocity_fn(lines)
     noise = model.noise([("drift", i) for i in range(len(lines))])
     x_0 = vgrpo.ode_sample(initial, noise, sigmas, args.solver)
-    reward_fns, weights = vgrpo.load_rewards(args.reward)
-    rewards = vgrpo.compute_rewards(reward_fns, model.decode(x_0), lines)
+    reward_fns, weights = load_rewards(args.reward)
+    rewards = compute_rewards(reward_fns, model.decode(x_0), lines)
     adv, _ = vgrpo.group_advantages(rewards, options.group_size, weights)
     for run in options.runs:
         model.transformer.load_state_dict(

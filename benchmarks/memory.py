@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
 def make_fake(model) -> None:
     """Replaces a Model's tensors, built on meta, by fake ones on the CPU; in a FakeTensorMode."""
     made: dict[int, torch.Tensor] = {}  # LoRA's initial model shares its weights
-    for network in (model.transformer, model.initial, model.vae):
+    for network in filter(None, (model.transformer, model.initial, model.vae)):
         for module in network.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():

@@ -241,7 +241,8 @@ def flops(kind: str, config: dict, resolution: int, context: int, rank: int) -> 
     else:
         layers += config["num_single_layers"]
         matrices, attention = 12 * layers * tokens, 4 * D * layers * tokens**2
-        adapted = (4 * config["num_layers"] + 3 * config["num_single_layers"]) * tokens
+        # 4 for attention's projections; 5 for the two of the MLP, (D, 4 D) and (4 D, D)
+        adapted = (9 * config["num_layers"] + 3 * config["num_single_layers"]) * tokens
         modulations = 12 * config["num_layers"] + 3 * config["num_single_layers"] + 2
         embedded += config["guidance_embeds"]
     rest = (

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import pave_grpo  # noqa: E402
 import vgrpo  # noqa: E402
+from rewards import fail, load_rewards, one_sentence  # noqa: E402
 
 SCRIPTS = {
     "mixgrpo": pave_grpo,
@@ -257,23 +258,19 @@ def parse(argv: list[str] | None) -> tuple:
     options, rest = parser.parse_known_args(argv)
     args = SCRIPTS[options.method].parse_args([*DEFAULTS[options.method].split(), *rest])
     if args.resume or vgrpo.WORLD_SIZE > 1:
-        vgrpo.fail("rivals run in one process and write no checkpoints to --resume.")
+        fail("rivals run in one process and write no checkpoints to --resume.")
     if options.method == "mixgrpo":
         if args.rollout != "sde" or args.splits:
-            vgrpo.fail("mixgrpo is --rollout sde without --splits.")
+            fail("mixgrpo is --rollout sde without --splits.")
         if not 1 <= options.window <= args.steps - 1 or min(options.interval, options.stride) < 1:
-            vgrpo.fail(
-                f"--window must be 1 to {args.steps - 1}, --interval and --stride at least 1."
-            )
+            fail(f"--window must be 1 to {args.steps - 1}, --interval and --stride at least 1.")
     elif (
         args.soft_clip
         or args.kl_beta
         or args.weighting != "adaptive"
         or (options.method == "nft" and args.clip_range)
     ):
-        vgrpo.fail(
-            "nft and awm have no --soft_clip, --kl_beta or --weighting, and nft no --clip_range."
-        )
+        fail("nft and awm have no --soft_clip, --kl_beta or --weighting, and nft no --clip_range.")
     return options, args
 
 
@@ -348,12 +345,12 @@ def main(argv: list[str] | None = None) -> None:
         vgrpo.load_prompts(args.prompts),
         vgrpo.load_prompts(args.eval_prompts),
     )
-    reward_fns, weights = vgrpo.load_rewards(args.reward)
+    reward_fns, weights = load_rewards(args.reward)
     run_dir = Path(
         args.run_dir or f"runs/{options.method}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     )
     if (run_dir / "metrics.jsonl").exists():
-        vgrpo.fail(f"--run_dir {run_dir} holds a run already; name another folder.")
+        fail(f"--run_dir {run_dir} holds a run already; name another folder.")
     model = script.load_model(args, device)
     optimizer = torch.optim.AdamW(
         model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay
@@ -386,8 +383,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main()
-    except (vgrpo.UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -173,7 +173,7 @@ def methods(script, model, args, draw):
         noise(K * M).unflatten(0, (1, K, M)),
         torch.randn(n, K, M, generator=draw).to(device),
     )
-    inputs = x, sigmas, args.sde_steps, steps, args.eta, args.sde, B
+    inputs = x, sigmas, args.sde_steps, steps, args.eta, args.sde
     rollout = torch.no_grad()(
         lambda: pave_grpo.branch_rollout(model.velocity_fn(lines[:1]), *inputs)
     )
@@ -543,8 +543,7 @@ def check() -> None:
         print(f"{kind}: {number:.3f} B parameters")
         assert low < number < high, f"{kind} has {number} B parameters"
     for kind, name, _ in CASES[:2] + CASES[4:6]:
-        # torch's counter would count what checkpointing repeats; the rule leaves out lora_ff
-        flags = {"grad_checkpointing": False, "lora_ff": False}
+        flags = {"grad_checkpointing": False}  # torch's counter would count what it repeats
         script, _, args = configure(
             {"model": kind, "script": name, "micro_batch": 4, "flags": flags}, True, True
         )

@@ -278,7 +278,7 @@ def check_pave_update(function, **changes):
 
 @pytest.mark.parametrize("changes", PAVE_UPDATES)
 def test_maths_pave_updates_equal_the_naive_objective(changes):
-    check_pave_update(pave_grpo.score_transition, **changes)
+    check_pave_update(pave_grpo.log_densities, **changes)
 
 
 def test_maths_offsets_cancel_in_branches_with_zero_sum_advantages():
@@ -305,8 +305,7 @@ def test_maths_coupled_target_is_the_coarse_noise_on_the_fine_mean():
     x_t, x_s, _, _ = pave_problem(3, args)
     model = Curved()
     batch = pave_grpo.Batch([{}] * 2, None, x_t, x_s)
-    transitions = pave_grpo.gaussians(model.velocity_fn(), batch, 1, args, args.splits)
-    logps = pave_grpo.score_transition(transitions, x_s[:, 1], "coupled")
+    logps, _, _ = pave_grpo.log_densities(model.velocity_fn(), batch, 1, args, args.splits)
     noise = randn(2, 2, 3, *SHAPE, seed=2)[:, 1].flatten(0, 1)  # that made x_s from mean_1
     for logp, k in zip(logps, (1, 2, 3), strict=True):
         _, std = naive_transition(model.velocity_fn(), x_t[:, 1], k, 2, args.eta, args.sde)
@@ -326,8 +325,8 @@ COUPLED = dict(splits=[2], target="coupled")
         ("backward_transition", "batch.logp_old is not None", "False", OFF_POLICY),
         ("backward_transition", "(2 * std**2)", "std**2", OFF_POLICY),
         ("backward_transition", "share * loss", "loss", OFF_POLICY),
-        ("score_transition", "x = mean.detach() + std * noise", "x = mean + std * noise", COUPLED),
-        ("score_transition", "(x - mean.detach()) / std", "(x - mean.detach()) * std", COUPLED),
+        ("log_densities", "x = mean.detach() + std * noise", "x = mean + std * noise", COUPLED),
+        ("log_densities", "(x - mean.detach()) / std", "(x - mean.detach()) * std", COUPLED),
     ],
 )
 def test_mutations_of_the_pave_update_are_caught(name, old, new, changes):
