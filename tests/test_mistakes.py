@@ -238,8 +238,7 @@ def test_fuzzed_flags_run_or_fail_in_one_sentence(tmp_path, script, monkeypatch)
     assert trained == 8 and 100 < refused < 290
 
 
-@both
-def test_a_run_is_never_overwritten(tmp_path, script):
+def test_a_run_is_never_overwritten(tmp_path, script=vgrpo):
     """Before anything is loaded: a --run_dir with a checkpoint is refused; one that an early
     mistake left is not.
     """

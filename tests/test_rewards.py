@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import unittest.mock
 
 import numpy as np
@@ -278,7 +279,19 @@ def test_what_a_user_can_mend_is_one_sentence(number, capsys):
     assert captured.err == sentence and not captured.out
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
+def test_a_stop_is_no_error(capsys):
+    """Ctrl-C, or SIGTERM, which raises the same: exit code 0."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with rewards.one_sentence():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    captured = capsys.readouterr()
+    assert "--resume" in captured.out and not captured.err
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_everything_else_passes_through(error, capsys):
     with pytest.raises(error), rewards.one_sentence():
         raise error("a bug")

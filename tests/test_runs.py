@@ -363,9 +363,7 @@ def test_resume_is_exact_and_independent_of_global_randomness(tmp_path, script, 
 
 @both
 def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path, script):
-    """One run, as a user starts it: its files, its metrics, and its LoRA in a pipeline of diffusers
-    alone.
-    """
+    """One run, as a user starts it: files, metrics, and its LoRA in a pipeline of diffusers alone."""
     file, solver = Path(script.__file__).name, "--solver euler" if script is vgrpo else ""
     flags = [*SMALL[script], *f"--iterations 2 --lr 0.01 {solver} --run_dir {tmp_path}".split()]
     out = subprocess.run([sys.executable, file, *flags], cwd=ROOT, capture_output=True, text=True)
@@ -449,11 +447,12 @@ def test_a_kill_at_any_step_of_saving_keeps_the_checkpoint_before(tmp_path, poin
     assert vgrpo.read_checkpoint(tmp_path)["iteration"] == 3
 
 
+KILLED = ("--iterations", "4", "--eval_every", "9", "--save_every", "1")
+
+
 def kill_and_resume(folder, script, kills, rng):
-    """Kills a run of 6 iterations at random moments and continues it until it ends; returns its
-    metrics.
-    """
-    flags, log = ("--iterations", "6", "--eval_every", "9"), folder / "metrics.jsonl"
+    """Kills a run at random moments and continues it until it ends; returns its metrics."""
+    flags, log = KILLED, folder / "metrics.jsonl"
     for _ in range(kills):
         begun = (folder / vgrpo.CHECKPOINT).exists()
         process = spawn(
@@ -477,7 +476,7 @@ def kill_and_resume(folder, script, kills, rng):
 
 
 def check_kills(tmp_path, script, kills, seed):
-    undisturbed = run(tmp_path / "whole", "--iterations", "6", "--eval_every", "9", script=script)
+    undisturbed = run(tmp_path / "whole", *KILLED, script=script)
     disturbed = kill_and_resume(
         tmp_path / "killed", Path(script.__file__).name, kills, random.Random(seed)
     )
@@ -596,8 +595,10 @@ def test_two_processes_with_lora_equal_one(tmp_path):
     assert_runs_are_close(tmp_path / "one", tmp_path / "two")
 
 
-@both
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+STOPS = [(vgrpo, signal.SIGINT), (pave_grpo, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("script, number", STOPS)
 def test_signals_stop_a_run_that_goes_on_as_if_undisturbed(tmp_path, script, number):
     """Exit code 0 at once; the line that continues it is on the screen from the start."""
     flags = ("--iterations", "3", "--save_every", "1", "--eval_every", "9")
@@ -625,8 +626,7 @@ def test_a_process_that_dies_takes_the_run_down(tmp_path):
     assert time.time() - (tmp_path / "run/metrics.jsonl").stat().st_mtime < 60, "no hanging"
 
 
-@both
-def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, script, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys, script=vgrpo):
     """A file-size limit stands for the full disk: one sentence, exit 2, and the run continues once
     there is room.
     """
@@ -719,8 +719,7 @@ import {script}
 """
 
 
-@both
-def test_runs_start_and_save_without_resource_and_read_only_sync(tmp_path, script):
+def test_runs_start_and_save_without_resource_and_read_only_sync(tmp_path, script=vgrpo):
     """Windows has no `resource` module and syncs only what is open for writing."""
     flags = [*SMALL[script], "--iterations", "1", "--run_dir", str(tmp_path / "run")]
     code = HIDDEN.format(script=script.__name__)
