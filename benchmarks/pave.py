@@ -4,8 +4,9 @@
     python benchmarks/pave.py                      # every configuration, seed 0; finished runs are
     kept
     python benchmarks/pave.py --only "T10-sde-*" --seeds 0 1 2
-    python benchmarks/pave.py --table              # only prints the table of what
+    python benchmarks/pave.py --table              # only prints the tables of what
     benchmarks/results holds
+    python benchmarks/pave.py --only "T*-branch-cps-S" "T*-branch-cps-S2*" --seeds 0 1 2 3 4 5 6
 
 Every run: 20 iterations of 192 images in groups of 12 (branch: fewer prompts, more groups a
 prompt), evaluated at 20
@@ -83,6 +84,45 @@ def table() -> None:
         )
 
 
+# 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
+
+
+def paired_differences(name: str, base: str) -> list[float]:
+    """Score after 20 iterations of one configuration minus another's, seed by seed: a seed has the
+    same prompts and the same noise in both.
+    """
+    found = []
+    for path in sorted((HERE / "results").glob(f"pave-{base}-s*.jsonl")):
+        seed = path.stem.rpartition("-s")[2]
+        twin = path.with_name(f"pave-{name}-s{seed}.jsonl")
+        if twin.exists():
+            found.append(evaluations(twin)[-1] - evaluations(path)[-1])
+    return found
+
+
+def interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean, lower and upper end of its 95 % interval by Student's t; at least two differences."""
+    values = torch.tensor(differences, dtype=torch.float64)
+    error = values.std() / len(values) ** 0.5
+    half = (T_QUANTILES[len(values) - 2] * error).item()
+    mean = values.mean().item()
+    return mean, mean - half, mean + half
+
+
+def paired_table() -> None:
+    """What splitting does to the score, against Flow-GRPO of the same T, rollout and step."""
+    print("\n| configuration | minus | seeds | difference | 95 % interval |\n|---|---|---|---|---|")
+    for name in configurations():
+        base = re.sub(r"-S.*", "-S", name)
+        differences = paired_differences(name, base)
+        if name != base and len(differences) > 3:
+            mean, low, high = interval(differences)
+            print(
+                f"| {name} | {base} | {len(differences)} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |"
+            )
+
+
 def cost(name: str) -> float:
     """Network evaluations of a run."""
     args = parse_args(configurations()[name].split()[1:])
@@ -107,6 +147,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train(*job), jobs))
     table()
+    paired_table()
 
 
 if __name__ == "__main__":

@@ -426,3 +426,20 @@ def test_curves_of_own_runs(tmp_path, capsys):
     pytest.importorskip("matplotlib").use("Agg")
     own_runs.draw([good, good], tmp_path / "runs.png")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_paired_differences_are_of_the_same_seed_and_their_interval_students(tmp_path, monkeypatch):
+    """mean +- t s / sqrt(n), over the seeds that both configurations have."""
+    (tmp_path / "results").mkdir()
+    scores = {"pave-A-S": [0.5, 0.25, 0.75], "pave-A-S2": [0.625, 0.5, 0.75, 0.125]}
+    for name, ends in scores.items():
+        for seed, end in enumerate(ends):
+            lines = [{"eval/shapes": 0.4}, {"iteration": 5}, {"eval/shapes": end}]
+            path = tmp_path / f"results/{name}-s{seed}.jsonl"
+            path.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(pave, "HERE", tmp_path)
+    differences = pave.paired_differences("A-S2", "A-S")
+    assert differences == [0.125, 0.25, 0.0], "seed 3 has no twin"
+    mean, low, high = pave.interval(differences)
+    half = 4.30 * 0.125 / 3**0.5  # two degrees of freedom; the deviation is 0.125
+    assert (mean, low, high) == pytest.approx((0.125, 0.125 - half, 0.125 + half))
