@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -96,12 +96,12 @@ class Config(MethodConfig):
     # sampling
     prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
-    sample_batch: int = flag(16, "images per network call while sampling, and per reward call")
+    sample_batch: int = flag(16, "images per call of network or rewards; branches: G at least")
     steps: int = flag(40, "T, solver steps per training image")
     eval_steps: int = flag(40, "solver steps per evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
     # update
-    micro_batch: int = flag(4, "images per network call in the update; sets memory, not results")
+    micro_batch: int = flag(4, "latents per network call in the update; sets memory, not results")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
@@ -165,6 +165,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
         fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
     if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
         fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
+    if args.start_from:
+        read_checkpoint(Path(args.start_from))
     images_per_prompt(args)  # checks the method's flags
     return args
 
@@ -176,7 +178,7 @@ def default_flags(model: str, resume: str):
     if model not in PRESETS:
         from diffusers import DiffusionPipeline
 
-        model = CLASSES.get(DiffusionPipeline.load_config(model)["_class_name"], "")
+        model = CLASSES.get(DiffusionPipeline.load_config(model).get("_class_name"), "")
     return PRESETS.get(model) or fail("--model is neither an SD3 nor a FLUX pipeline.")
 
 
@@ -202,8 +204,9 @@ def micro_batches(total: int, size: int, label: str, block: int | None = None):
     with tqdm(total=total, desc=label, leave=False, disable=BAR_OFF) as bar:
         for start in range(0, total, block):
             for first in range(start, start + block, size):
-                yield slice(first, min(first + size, start + block))
-                bar.update(size)
+                stop = min(first + size, start + block)
+                yield slice(first, stop)
+                bar.update(stop - first)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -216,8 +219,9 @@ class Model:
 
     def __init__(self, pipe, args: Config, device: torch.device):
         unit = 2 * pipe.vae_scale_factor  # the transformer's patches are 2 x 2 latents
-        if args.resolution % unit:
-            fail(f"--resolution must be a multiple of {unit} px (VAE times patch size).")
+        most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
+        if args.resolution % unit or args.resolution > most:
+            fail(f"--resolution must be a multiple of {unit} px, and at most {most}.")
         side = args.resolution // pipe.vae_scale_factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
         self.pipe, self.args, self.device = pipe, args, device
@@ -235,10 +239,12 @@ class Model:
         self.transformer.requires_grad_(args.full)
         for net in nets:
             blocks = [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
-            for part in [*blocks, net] if args.full and WORLD_SIZE > 1 else ():
-                fully_shard(part)
-            for block in blocks if args.compile else ():
-                block.compile()
+            if args.full and WORLD_SIZE > 1:
+                for part in [*blocks, net]:
+                    fully_shard(part)
+            if args.compile:
+                for block in blocks:
+                    block.compile()
             net.to(device)
         if not args.full:
             self.add_lora()
@@ -347,10 +353,13 @@ class Model:
         if RANK > 0:
             return ""
         if self.args.full:
-            net.save_config(folder / "transformer")
+            (folder / "transformer").mkdir(exist_ok=True)
+            config = net.to_json_string().replace('"FSDP', '"')  # fully_shard renames the class
+            (folder / "transformer/config.json").write_text(config)
             file = folder / "transformer/diffusion_pytorch_model.safetensors"
             safetensors.torch.save_file(weights, file, {"format": "pt"})
-            return f'pipe.transformer = {type(net).__name__}.from_pretrained("{path}/transformer")'
+            load = f'from_pretrained("{path}/transformer", torch_dtype=pipe.dtype)'
+            return f"pipe.transformer = type(pipe.transformer).{load}"
         layers = {name.replace(".default.", "."): weights[name] for name in self.trainable}
         metadata = net.peft_config["default"].to_dict()  # holds rank and alpha
         self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
@@ -381,7 +390,7 @@ INITIAL_KL = "ref_kl_beta"  # the flag that needs the initial model
 
 def images_per_prompt(args) -> int:
     """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
-    if args.num_pairs > args.steps:
+    if args.stratified and args.num_pairs > args.steps:
         fail(f"--num_pairs {args.num_pairs} is more than the --steps {args.steps} to draw from.")
     return args.group_size
 
@@ -544,7 +553,7 @@ def backward_pairs(velocity_fn, initial_fn, batch: Batch, args, share: float) ->
     """Adds the gradient of share * vgrpo_loss(batch), a pair at a time: memory is that of N = 1.
     L is a mean over pairs inside exp. So the chain rule is split: dloss/dL follows from the value
     of L alone, and weighs each pair's gradient. This equals loss.backward() over all pairs.
-    Where theta is theta_old, ratio = 1 and D = 0 whatever L is: no first pass is needed.
+    With one step an iteration ratio = 1 and D = 0 whatever L is: no first pass is needed.
     Returns L_old, L_new, D, D_ref as (4, B)."""
     L_now = L_old = torch.zeros_like(batch.adv)
     if batch.L_old is not None:
@@ -579,12 +588,16 @@ def backward_pairs(velocity_fn, initial_fn, batch: Batch, args, share: float) ->
 @torch.no_grad()
 def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
     """L and x0_hat of theta_old, in the update's micro-batches: the first ratio is 1 exactly."""
-    stored = []
+    L_old, x0_old = [], []
     for rows in micro_batches(len(batch.lines), args.micro_batch, "theta_old", minibatch):
         part = batch[rows]
         velocity_fn = model.velocity_fn(part.lines)
-        stored.append(surrogate(velocity_fn, part.x_0, part.t, part.noise, args.weighting))
-    batch.L_old, batch.x0_old = (torch.cat(parts) for parts in zip(*stored, strict=True))
+        L, x0_hat = surrogate(velocity_fn, part.x_0, part.t, part.noise, args.weighting)
+        L_old.append(L)
+        if args.kl_beta:
+            x0_old.append(x0_hat)
+    batch.L_old = torch.cat(L_old)
+    batch.x0_old = torch.cat(x0_old) if x0_old else None
 
 
 def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor]:
@@ -620,7 +633,7 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
     with rewards.visiting(reward_fns.values(), model.device):
         for rows in micro_batches(len(lines), args.sample_batch, "reward"):
             images = model.decode(x_0[rows])
-            found.append(rewards.compute_rewards(reward_fns, images, lines[rows]))
+            found.append(rewards.compute_rewards(reward_fns, images, lines[rows], len(images)))
     scores = {}
     for name in reward_fns:
         here = torch.cat([part[name] for part in found])
@@ -652,7 +665,10 @@ def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
 CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
 WHOLE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
-    flatten_optimizer_state_dict=True, strict=False,
+    flatten_optimizer_state_dict=True,
+)  # fmt: skip
+PARTS = states.StateDictOptions(  # and back; not strict, as frozen weights are not in the file
+    full_state_dict=True, ignore_frozen_params=True, strict=False
 )  # fmt: skip
 
 
@@ -675,6 +691,8 @@ def save_checkpoint(run_dir: Path, iteration: int, args, model: Model, optimizer
 def read_checkpoint(run_dir: Path) -> dict:
     """The JSON of a checkpoint: its iteration, its flags as "config".  Raises UserError."""
     path = run_dir / CHECKPOINT
+    if not path.exists():
+        fail(f"{run_dir} holds no checkpoint; a run that saved none starts again with --run_dir.")
     try:
         with safetensors.safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
@@ -683,24 +701,24 @@ def read_checkpoint(run_dir: Path) -> dict:
         return state
     except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
         reason = error
-    fail(f"{path} is missing, damaged or another script's ({reason}).")
+    fail(f"{path} is damaged or another script's ({reason}).")
 
 
 def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
     """Restores weights, and the optimizer if one is given; returns the iteration.  UserError."""
-    state = read_checkpoint(run_dir)
+    state, net = read_checkpoint(run_dir), model.transformer
     saved = safetensors.torch.load_file(run_dir / CHECKPOINT)
-    for name, weight in model.trainable.items():
-        if name not in saved or saved[name].shape != weight.shape:
-            flags = {key: state["config"][key] for key in ("model", "full", "lora_rank")}
-            fail(f"{run_dir} holds other weights, of a run with {flags}.")
-    net, options = model.transformer, replace(WHOLE, flatten_optimizer_state_dict=False)
-    states.set_model_state_dict(net, saved, options=options)
+    shapes = {name: weight.shape for name, weight in model.trainable.items()}
+    fits = all(name in saved and saved[name].shape == shapes[name] for name in shapes)
+    made = {key: state["config"][key] for key in ("model", "full", "lora_rank", "lora_alpha")}
+    if not fits or (not made["full"] and made["lora_alpha"] != model.args.lora_alpha):
+        fail(f"{run_dir} holds other weights, of a run with {made}.")
+    states.set_model_state_dict(net, saved, options=PARTS)
     if optimizer:
         here = states.get_optimizer_state_dict(net, optimizer)
         for name, moments in here["state"].items():
             moments |= {moment: saved[f"state.{name}.{moment}"] for moment in moments}
-        states.set_optimizer_state_dict(net, optimizer, here, options=options)
+        states.set_optimizer_state_dict(net, optimizer, here, options=PARTS)
     return state["iteration"]
 
 
@@ -801,14 +819,13 @@ def main(argv: list[str] | None = None) -> None:
     done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
     run_dir, log = open_run(args, done)
     if RANK == 0:
-        script = Path(__file__).name
-        print(f"After a stop, continue with: python {script} --resume {run_dir}", flush=True)
+        print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
     schedule = prompt_schedule(train_lines, args)
     sigmas = sigma_grid(args.steps, args.shift).to(device)
     eval_prompts = ["", *[line["prompt"] for line in eval_lines]]
-    model.cache_prompts(eval_prompts)
-    before = after = evaluate(model, args, eval_lines, reward_fns, run_dir, done)
     if not done:
+        model.cache_prompts(eval_prompts)
+        before = evaluate(model, args, eval_lines, reward_fns, run_dir, 0)
         print(json.dumps({"iteration": 0} | before), file=log)
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
@@ -843,17 +860,19 @@ def main(argv: list[str] | None = None) -> None:
         logged["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # CPU: 0
         last = iteration == args.iterations
         if iteration % args.eval_every == 0 or last:
-            after = evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
-            logged |= after
+            logged |= evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
         print(json.dumps(logged), file=log)
         bar.set_postfix({name: f"{logged[name]:.4f}" for name in ("reward/mean", "time/update")})
-        if (iteration % args.save_every == 0 or last) and math.isfinite(norms[-1]):
+        due = iteration % args.save_every == 0 or last
+        if due and math.isfinite(norms[-1]):  # the last checkpoint stays before a bad gradient
             save_checkpoint(run_dir, iteration, args, model, optimizer)
-    recipe = model.save(run_dir) if args.iterations else "none were trained"
+    recipe = model.save(run_dir) if done or args.iterations else "none were trained"
     if RANK == 0:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        before, after = json.loads(lines[0]), json.loads(lines[-1])
+        for name in before.keys() - {"iteration"}:
+            print(f"{name}: {before[name]:.3f} -> {after.get(name, math.nan):.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
-        for name in before:
-            print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -68,6 +68,8 @@ MISTAKES = {
     "--num_minibatches 5": "multiple",
     "--num_pairs 11": "num_pairs",
     "--resolution 65": "multiple of 16",
+    "--resolution 512": "at most 128",
+    "--start_from no_such_run": "no_such_run",
     "--nonsense": "unrecognized",
     "--resume no_such_run": "no_such_run",
 }

@@ -656,8 +656,9 @@ def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys,
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     run(tmp_path, "--iterations", "2", "--save_every", "1")
     checkpoint, flags = tmp_path / vgrpo.CHECKPOINT, ["--resume", str(tmp_path)]
-    with pytest.raises(rewards.UserError, match="lora_rank"):
-        vgrpo.main([*flags, "--lora_rank", "8"])
+    for change in ("--lora_rank 8", "--lora_alpha 8", "--full true"):
+        with pytest.raises(rewards.UserError, match="holds other weights"):
+            vgrpo.main([*flags, *change.split()])
     with pytest.raises(rewards.UserError, match=r"another script's .*solver"):
         pave_grpo.main(flags)
     whole, tensors = checkpoint.read_bytes(), load_file(checkpoint)
@@ -665,15 +666,15 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     unknown = state | {"config": state["config"] | {"seeds": 1}}
     for damaged in ("{", "[]", "3", "{}", json.dumps(state)[:-9], json.dumps(unknown)):
         safetensors.torch.save_file(tensors, checkpoint, {"state": damaged})
-        with pytest.raises(rewards.UserError, match="is missing, damaged or another"):
+        with pytest.raises(rewards.UserError, match="is damaged or another"):
             vgrpo.main(flags)
     for content in (b"", b"no tensors", whole[: len(whole) // 2]):
         checkpoint.write_bytes(content)
-        with pytest.raises(rewards.UserError, match="is missing, damaged or another"):
+        with pytest.raises(rewards.UserError, match="is damaged or another"):
             vgrpo.main(flags)
         assert checkpoint.read_bytes() == content, "untouched"
     checkpoint.unlink()
-    with pytest.raises(rewards.UserError, match="is missing, damaged or another"):
+    with pytest.raises(rewards.UserError, match="holds no checkpoint"):
         vgrpo.main(flags)
     checkpoint.write_bytes(whole)
     lines = run(tmp_path, *flags, "--iterations", "3")
