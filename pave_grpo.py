@@ -236,9 +236,9 @@ class Model:
         self.transformer = pipe.transformer.requires_grad_(False)
         self.initial, nets = None, [self.transformer]
         if getattr(args, INITIAL_KL):  # the model before training; LoRA shares its frozen weights
-            shared = [] if args.full else self.transformer.parameters()
-            memo = {id(weight): weight for weight in shared}
-            self.initial = copy.deepcopy(self.transformer, memo)
+            tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
+            shared = {} if args.full else {id(tensor): tensor for tensor in tensors}
+            self.initial = copy.deepcopy(self.transformer, shared)
             nets.append(self.initial)
         self.transformer.requires_grad_(args.full)
         for net in nets:

@@ -135,8 +135,8 @@ PRESETS = {
     "flux": dict(
         reward="hpsv2=1,pickscore=1,imagereward=1", resolution=720, guidance_scale=3.5,
         max_sequence_length=512, lora_rank=64, lora_alpha=128, grad_checkpointing=True,
-        group_size=12, micro_batch=1, steps=16, eval_steps=28, iterations=300, lr=1e-4,
-        num_minibatches=4, clip_range=1e-2,
+        prompts_per_iter=32, group_size=12, micro_batch=1, steps=16, eval_steps=28,
+        iterations=300, lr=1e-4, num_minibatches=4, clip_range=1e-2,
     ),
 }  # fmt: skip
 
@@ -232,9 +232,9 @@ class Model:
         self.transformer = pipe.transformer.requires_grad_(False)
         self.initial, nets = None, [self.transformer]
         if getattr(args, INITIAL_KL):  # the model before training; LoRA shares its frozen weights
-            shared = [] if args.full else self.transformer.parameters()
-            memo = {id(weight): weight for weight in shared}
-            self.initial = copy.deepcopy(self.transformer, memo)
+            tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
+            shared = {} if args.full else {id(tensor): tensor for tensor in tensors}
+            self.initial = copy.deepcopy(self.transformer, shared)
             nets.append(self.initial)
         self.transformer.requires_grad_(args.full)
         for net in nets:

@@ -386,6 +386,7 @@ TABLES |= {
     "ablations": curves.ablation_table,
     "seeds": seeds.table,
     "pave": pave.table,
+    "pave, paired": pave.paired_table,
 }
 
 
