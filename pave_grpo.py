@@ -510,7 +510,7 @@ def decomposed_transitions(
 def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -> tuple:
     """A path from each x, stochastic at the K sde_steps, Euler's ODE elsewhere.   [Eq. 2, 3]
     x: (B, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (B, K, 1, C, H, W)
-    Returns x_0 (B, 1, C, H, W), x_t (B, K, C, H, W), x_s (B, K, 1, C, H, W): see Batch.
+    Returns x_0 (B, C, H, W), x_t (B, K, C, H, W), x_s (B, K, 1, C, H, W): see Batch.
     Deviation: Algorithm 1 as printed is stochastic at every step; ours never at the last."""
     x_t, x_s = torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
@@ -677,7 +677,7 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
                 terms[epoch, rows, k] = backward_transition(*inputs)
             if rows.stop % minibatch == 0:
                 step()
-    *logps, kl = gather(terms.flatten(0, 3)).T.contiguous()
+    *logps, kl = gather(terms.flatten(0, 3)).T.contiguous()  # a row a term, summed in order
     logp_old, logp_new = torch.stack(logps).chunk(2)
     adv = gather(batch.adv.flatten().repeat(args.update_epochs))
     return pave_loss(logp_new, logp_old, adv, args.clip_range or None, kl, args.kl_beta)[1]

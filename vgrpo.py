@@ -617,7 +617,7 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
             terms[epoch, rows] = backward_pairs(velocity_fn, initial_fn, part, args, share).T
             if rows.stop % minibatch == 0:
                 step()
-    L_old, L_new, D, D_ref = gather(terms.flatten(0, 1)).T.contiguous()
+    L_old, L_new, D, D_ref = gather(terms.flatten(0, 1)).T.contiguous()  # summed in order
     adv = gather(batch.adv.repeat(args.update_epochs))
     controls = (args.clip_range or None, D, args.kl_beta, D_ref, args.ref_kl_beta)
     return vgrpo_loss(L_new, L_old, adv, *controls)[1]
