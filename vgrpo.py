@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -115,6 +116,7 @@ class Config(MethodConfig):
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
     save_every: int = flag(1, "iterations between checkpoints")
+    tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go as well")
     run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME")
     resume: str = flag("", "run folder to continue, with its own flags unless they are given")
     start_from: str = flag("", "run folder whose trained weights a new run begins with")
@@ -167,6 +169,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
         fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
     if args.start_from:
         read_checkpoint(Path(args.start_from))
+    if args.tracker != "none" and not find_spec(args.tracker):
+        fail(f"--tracker {args.tracker} needs its package: pip install tensorboard wandb.")
     images_per_prompt(args)  # checks the method's flags
     return args
 
@@ -722,21 +726,37 @@ def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
     return state["iteration"]
 
 
-def open_run(args: Config, done: int):
-    """The run's folder and its open metrics.jsonl; only rank 0 writes.
+def open_run(args: Config, done: int) -> tuple[Path, Callable]:
+    """The run's folder, and what records metrics there and for --tracker; only rank 0 writes.
     After a resume, lines newer than the checkpoint are dropped: one line an iteration, from 0."""
     name = f"{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}"
     new = f"runs/{name}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or new)
     if RANK > 0:
-        return run_dir, open(os.devnull, "w")
+        return run_dir, lambda metrics: None
     for folder in ("samples", "checkpoint"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if done else []
     path.write_bytes(b"".join(lines[: done + 1]))
-    return run_dir, path.open("a", buffering=1, newline="\n")
+    log = path.open("a", buffering=1, newline="\n")
+    if args.tracker == "wandb":
+        import wandb
+
+        wandb.init(dir=run_dir, config=vars(args), sync_tensorboard=True)  # it reads along
+    if args.tracker != "none":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run_dir))
+
+    def record(metrics: dict) -> None:
+        print(json.dumps(metrics), file=log)
+        if args.tracker != "none":
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, metrics["iteration"])
+
+    return run_dir, record
 
 
 @contextmanager
@@ -817,7 +837,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.start_from and not args.resume:
         load_checkpoint(Path(args.start_from), model)
     done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
-    run_dir, log = open_run(args, done)
+    run_dir, record = open_run(args, done)
     if RANK == 0:
         print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
     schedule = prompt_schedule(train_lines, args)
@@ -825,8 +845,7 @@ def main(argv: list[str] | None = None) -> None:
     eval_prompts = ["", *[line["prompt"] for line in eval_lines]]
     if not done:
         model.cache_prompts(eval_prompts)
-        before = evaluate(model, args, eval_lines, reward_fns, run_dir, 0)
-        print(json.dumps({"iteration": 0} | before), file=log)
+        record({"iteration": 0} | evaluate(model, args, eval_lines, reward_fns, run_dir, 0))
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
     numbers = range(done + 1, args.iterations + 1)
@@ -861,7 +880,7 @@ def main(argv: list[str] | None = None) -> None:
         last = iteration == args.iterations
         if iteration % args.eval_every == 0 or last:
             logged |= evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
-        print(json.dumps(logged), file=log)
+        record(logged)
         bar.set_postfix({name: f"{logged[name]:.4f}" for name in ("reward/mean", "time/update")})
         due = iteration % args.save_every == 0 or last
         if due and math.isfinite(norms[-1]):  # the last checkpoint stays before a bad gradient

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import unittest.mock
 from pathlib import Path
 
@@ -702,6 +703,27 @@ def test_a_stage_starts_from_the_weights_of_the_stage_before(tmp_path):
     assert not (tmp_path / "3/pytorch_lora_weights.safetensors").exists(), "nothing was trained"
     with pytest.raises(rewards.UserError, match="other weights"):
         run(tmp_path / "4", "--start_from", str(tmp_path / "1"), "--lora_rank", "8")
+
+
+def test_tracker_gets_every_number_of_a_run(tmp_path, monkeypatch):
+    """A writer in TensorBoard's place: the same names and values as metrics.jsonl."""
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "run")
+
+        def add_scalar(self, name, value, iteration):
+            written.append((iteration, name, value))
+
+    fake = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr(vgrpo, "find_spec", lambda name: name == "tensorboard")
+    lines = run(tmp_path / "run", "--iterations", "1", "--tracker", "tensorboard")
+    logged = [(line["iteration"], name, line[name]) for line in lines for name in line]
+    assert written == logged
+    with pytest.raises(rewards.UserError, match="pip install"):
+        run(tmp_path / "other", "--tracker", "wandb")
 
 
 HIDDEN = """
