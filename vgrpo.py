@@ -384,7 +384,10 @@ def load_model(args: Config, device: torch.device) -> Model:
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full else half
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
+    except ValueError as error:  # weights that do not fit their config, for one
+        fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
     return Model(pipe, args, device)
 
 

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import runpy
+import shutil
 import sys
 import types
 from dataclasses import fields
@@ -238,6 +239,18 @@ def test_fuzzed_flags_run_or_fail_in_one_sentence(tmp_path, script, monkeypatch)
         ) as error:  # a model that does not exist: the guard below main prints its first line
             assert "nothing" in str(error), flags
     assert trained == 8 and 100 < refused < 290
+
+
+def test_weights_that_do_not_fit_their_config_are_one_sentence(tmp_path):
+    model = shutil.copytree(ROOT / "tiny_sd3", tmp_path / "model")
+    config = json.loads((model / "transformer/config.json").read_text())
+    (model / "transformer/config.json").write_text(
+        json.dumps(config | {"caption_projection_dim": 64})
+    )
+    args = vgrpo.parse_args(["--model", str(model), "--resolution", "64"])
+    with pytest.raises(rewards.UserError, match="cannot be loaded") as refused:
+        vgrpo.load_model(args, torch.device("cpu"))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_run_is_never_overwritten(tmp_path, script=vgrpo):
