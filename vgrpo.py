@@ -246,6 +246,7 @@ class Model:
             if args.full and WORLD_SIZE > 1:
                 for part in [*blocks, net]:
                     fully_shard(part)
+                net.float()  # this process's part; before, it was a view of the file
             if args.compile:
                 for block in blocks:
                     block.compile()
@@ -271,21 +272,23 @@ class Model:
         cast_training_params(self.transformer)
 
     @torch.no_grad()
-    def cache_prompts(self, prompts: list[str]) -> None:
+    def cache_prompts(self, prompts: list[str], last: bool = False) -> None:
         """Keeps these prompts' encodings, 3 to 4 MB each, in host memory, and drops all others.
-        The encoders (T5: 9.5 GB) visit the device for what is new."""
+        The encoders (T5: 9.5 GB) visit the device for what is new; after the last, they go."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt not in new}
         parts = self.pipe.components.items()
-        encoders = [part for name, part in parts if new and name.startswith("text_encoder")]
+        encoders = {name: part for name, part in parts if name.startswith("text_encoder")}
         options = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
         if not self.is_flux:
             options |= {"prompt_3": None, "do_classifier_free_guidance": False}
-        with rewards.visiting(encoders, self.device):
+        with rewards.visiting(encoders.values() if new else [], self.device):
             for prompt in new:
                 encoded = self.pipe.encode_prompt(prompt, None, **options)
                 context, pooled = encoded[0], encoded[1 if self.is_flux else 2]
                 self.cache[prompt] = context[0].cpu(), pooled[0].cpu()
+        for name in encoders if last else ():
+            setattr(self.pipe, name, None)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached."""
@@ -371,7 +374,7 @@ class Model:
 
 
 def load_model(args: Config, device: torch.device) -> Model:
-    """Loads --model: bf16 on CUDA, fp32 on the CPU; the VAE and, under --full, the weights fp32."""
+    """Loads --model: bf16 on CUDA, fp32 on the CPU; the VAE and what --full trains are fp32."""
     import diffusers
     import transformers
 
@@ -382,7 +385,7 @@ def load_model(args: Config, device: torch.device) -> Model:
     parts = diffusers.DiffusionPipeline.load_config(path)
     absent = {name: None for name in parts if parts[name] == [None, None]}  # a missing T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    trained = torch.float32 if args.full else half
+    trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
@@ -815,13 +818,17 @@ def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
 
 
 # -------------------------------------------------------------------------------------------- main
+ENCODED_AHEAD = 1000  # prompts at a time, up to 4 GB of host memory
+
+
 def prompt_schedule(lines: list[dict], args: Config) -> list[dict]:
     """The prompts of all iterations: reshuffled passes over the prompt file."""
     schedule: list[dict] = []
-    while len(schedule) < args.iterations * args.prompts_per_iter:
+    total = args.iterations * args.prompts_per_iter
+    while len(schedule) < total:
         generator = generator_for(args.seed, len(schedule) // len(lines), "prompts")
         schedule += [lines[i] for i in torch.randperm(len(lines), generator=generator)]
-    return schedule
+    return schedule[:total]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -851,12 +858,18 @@ def main(argv: list[str] | None = None) -> None:
         record({"iteration": 0} | evaluate(model, args, eval_lines, reward_fns, run_dir, 0))
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
+    encoded = done  # iterations whose prompts are encoded
+    shown: dict = {}  # by the bar
     numbers = range(done + 1, args.iterations + 1)
     bar = tqdm(numbers, "iterations", args.iterations, initial=done, disable=BAR_OFF)
     for iteration in bar:
         slots = range(RANK, P, WORLD_SIZE)  # whole groups of this process
         prompts = {slot: schedule[(iteration - 1) * P + slot] for slot in slots}
-        model.cache_prompts(eval_prompts + [line["prompt"] for line in prompts.values()])
+        if iteration > encoded:
+            encoded += max(1, ENCODED_AHEAD // P)
+            ahead = schedule[(iteration - 1) * P + RANK : encoded * P : WORLD_SIZE]
+            texts = [line["prompt"] for line in ahead]
+            model.cache_prompts(eval_prompts + texts, last=encoded >= args.iterations)
         logged: dict = {"iteration": iteration}
         measured = partial(stage, model=model, metrics=logged, images=len(prompts) * images)
         # >>> METHOD: Algorithm 1, in its order
@@ -884,7 +897,9 @@ def main(argv: list[str] | None = None) -> None:
         if iteration % args.eval_every == 0 or last:
             logged |= evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
         record(logged)
-        bar.set_postfix({name: f"{logged[name]:.4f}" for name in ("reward/mean", "time/update")})
+        names = [name for name in logged if name.startswith(("reward/mean", "eval/"))]
+        shown |= {name: f"{logged[name]:.3f}" for name in names}
+        bar.set_postfix(shown)
         due = iteration % args.save_every == 0 or last
         if due and math.isfinite(norms[-1]):  # the last checkpoint stays before a bad gradient
             save_checkpoint(run_dir, iteration, args, model, optimizer)

@@ -30,6 +30,11 @@ from pave_grpo import parse_args
 
 ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --kl_beta 0"
 STEPS = {4: "0 2", 10: "0 2 4 6"}  # T: trained steps
+CONDITIONS = {  # what changes in branches with CPS steps: of which splits, which flags
+    "guided": (("S", "S2.3"), "--guidance_scale 3"),
+    "epochs2": (("S", "S2.3"), "--update_epochs 2"),
+    "2G": (("S",), "--group_size 24"),  # with 2T, the paper's controls: about twice the compute
+}
 
 
 def configurations() -> dict[str, str]:
@@ -52,7 +57,27 @@ def configurations() -> dict[str, str]:
                             f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --sde {step} "
                             f"--splits {splits} --target {target} --prompts_per_iter {prompts}"
                         )
+    for T in STEPS:
+        for name, (settings, flags) in CONDITIONS.items():
+            for splits in settings:
+                base = f"T{T}-branch-cps-{splits}"
+                found[f"{base}-{name}"] = f"{found[base]} {flags}"
+        steps = " ".join(str(2 * int(step)) for step in STEPS[T].split())
+        found[f"T{T}-branch-cps-S-2T"] = (
+            f"{found[f'T{T}-branch-cps-S']} --steps {2 * T} --sde_steps {steps}"
+        )
     return found
+
+
+def paired_with(name: str) -> list[str]:
+    """The configurations that a splitting one is compared with, over the same seeds."""
+    kind, splits, condition = re.fullmatch(r"(.*)-S([\d.]*)(-\w+)?", name).groups()
+    if not splits or condition == "-coupled":
+        return []
+    bases = [f"{kind}-S{condition or ''}"]
+    if (splits, condition) == ("2.3", None):
+        bases += [f"{kind}-S-2T", f"{kind}-S-2G"]
+    return [base for base in bases if base in configurations()]
 
 
 def table() -> None:
@@ -111,12 +136,16 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
 
 
 def paired_table() -> None:
-    """What splitting does to the score, against Flow-GRPO of the same T, rollout and step."""
+    """What splitting does to the score, against Flow-GRPO under the same conditions, and against
+    Flow-GRPO with twice the steps (2T: the trained ones begin at the same noise levels) or twice
+    the images a group (2G).
+    """
     print("\n| configuration | minus | seeds | difference | 95 % interval |\n|---|---|---|---|---|")
     for name in configurations():
-        base = re.sub(r"-S.*", "-S", name)
-        differences = paired_differences(name, base)
-        if name != base and len(differences) > 3:
+        for base in paired_with(name):
+            differences = paired_differences(name, base)
+            if len(differences) < 4:
+                continue
             mean, low, high = interval(differences)
             print(
                 f"| {name} | {base} | {len(differences)} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |"

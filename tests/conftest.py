@@ -61,21 +61,22 @@ def untimed(lines):
     ]
 
 
+def small_flags(folder, *flags, script="vgrpo.py") -> list[str]:
+    """The flags of a small run into a folder, for a process of its own."""
+    few = folder.parent / "few.jsonl"
+    few.write_text("\n".join((ROOT / "prompts/shapes_test.jsonl").read_text().splitlines()[:3]))
+    place = () if "--resume" in flags else ("--run_dir", str(folder))
+    small = SMALL[vgrpo if script == "vgrpo.py" else pave_grpo]
+    return [*small, *place, "--eval_prompts", str(few), *flags]
+
+
 def spawn(folder, *flags, script="vgrpo.py", launcher=(), **more):
     """The script in a process of its own, at a small size; launcher: what stands before it,
     torchrun for one.
     """
-    command = [
-        sys.executable,
-        *launcher,
-        script,
-        *SMALL[vgrpo if script == "vgrpo.py" else pave_grpo],
-    ]
-    place = () if "--resume" in flags else ("--run_dir", str(folder))
-    few = folder.parent / "few.jsonl"
-    few.write_text("\n".join((ROOT / "prompts/shapes_test.jsonl").read_text().splitlines()[:3]))
+    command = [sys.executable, *launcher, script, *small_flags(folder, *flags, script=script)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    return subprocess.Popen([*command, *place, "--eval_prompts", str(few), *flags], **pipes, **more)
+    return subprocess.Popen(command, **pipes, **more)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, load, make, run, spawn, untimed
+import torch.distributed as dist
+from conftest import SMALL, load, make, run, small_flags, spawn, untimed
 from diffusers import SD3Transformer2DModel
+from processes import run_processes, start_rank
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 import pave_grpo
 import rewards
@@ -283,6 +286,43 @@ def test_the_cache_of_prompts_is_bounded_and_encodes_once():
     assert len(model.cache) == 3
 
 
+def test_prompts_are_encoded_ahead_until_the_encoders_may_go(tmp_path, monkeypatch):
+    """Two iterations of prompts at a time or all at once: the same run, and no encoder at its end."""
+    calls, cache_prompts = [], vgrpo.Model.cache_prompts
+
+    def spied(model, prompts, last=False):
+        cache_prompts(model, prompts, last)
+        calls.append((len(prompts), last, model.pipe.text_encoder is None))
+
+    monkeypatch.setattr(vgrpo.Model, "cache_prompts", spied)
+    at_once = run(tmp_path / "at_once", "--iterations", "3")
+    start = (4, False, False)  # evaluation prompts and the empty one
+    assert calls == [start, (4 + 3 * 2, True, True)]
+    calls.clear()
+    monkeypatch.setattr(vgrpo, "ENCODED_AHEAD", 4)
+    ahead = run(tmp_path / "ahead", "--iterations", "3")
+    assert calls == [start, (4 + 2 * 2, False, False), (4 + 2, True, True)]
+    assert untimed(ahead) == untimed(at_once)
+
+
+def test_sharded_weights_are_loaded_as_in_the_file_and_trained_as_fp32(monkeypatch):
+    """bf16 weights are mapped from their file; the sharded parameters hold the same values."""
+    args = vgrpo.parse_args(["--full", "true"])
+    pipe = load().pipe
+    pipe.transformer.bfloat16()
+    before = {name: weight.clone() for name, weight in pipe.transformer.named_parameters()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(vgrpo, "WORLD_SIZE", 2)
+        model = vgrpo.Model(pipe, args, torch.device("cpu"))
+        for net in (model.transformer, model.initial):
+            for name, weight in net.named_parameters():
+                assert isinstance(weight, DTensor) and weight.dtype == torch.float32
+                assert torch.equal(weight.full_tensor(), before[name].float())
+    finally:
+        dist.destroy_process_group()
+
+
 def test_full_training_copies_the_network_for_a_kl_only():
     """--full without a KL to the initial model keeps no copy; LoRA shares the frozen weights."""
     assert load("--full", "true", "--ref_kl_beta", "0").initial is None
@@ -454,34 +494,33 @@ KILLED = ("--iterations", "3", "--eval_every", "9", "--save_every", "1")
 
 def kill_and_resume(folder, script, kills, rng):
     """Kills a run at random moments and continues it until it ends; returns its metrics."""
-    flags, log = KILLED, folder / "metrics.jsonl"
-    for _ in range(kills):
+    log = folder / "metrics.jsonl"
+
+    def begin():
         begun = (folder / vgrpo.CHECKPOINT).exists()
-        process = spawn(
-            folder, *flags, *(("--resume", str(folder)) if begun else ()), script=script
-        )
+        again = ("--resume", str(folder)) if begun else ()
+        return start_rank(script, small_flags(folder, *KILLED, *again, script=f"{script}.py"))
+
+    for _ in range(kills):
         lines = len(log.read_bytes().splitlines()) if log.exists() else 0
-        deadline = time.time() + 120
-        while (
-            process.poll() is None and time.time() < deadline
-        ):  # training has begun: a kill while loading proves less
+        process, deadline = begin(), time.time() + 120
+        while process.is_alive() and time.time() < deadline:
+            # training has begun: a kill while loading proves less
             if log.exists() and len(log.read_bytes().splitlines()) != lines:
                 break
             time.sleep(0.01)
         time.sleep(rng.random() * 0.6)
         process.kill()
-        process.communicate()
-    begun = (folder / vgrpo.CHECKPOINT).exists()
-    process = spawn(folder, *flags, *(("--resume", str(folder)) if begun else ()), script=script)
-    assert process.wait(timeout=300) == 0, process.stderr.read()
+        process.join()
+    process = begin()
+    process.join(timeout=300)
+    assert process.exitcode == 0
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def check_kills(tmp_path, script, kills, seed):
     undisturbed = run(tmp_path / "whole", *KILLED, script=script)
-    disturbed = kill_and_resume(
-        tmp_path / "killed", Path(script.__file__).name, kills, random.Random(seed)
-    )
+    disturbed = kill_and_resume(tmp_path / "killed", script.__name__, kills, random.Random(seed))
     assert untimed(disturbed) == untimed(undisturbed)
     a, b = (load_file(tmp_path / name / vgrpo.CHECKPOINT) for name in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -552,8 +591,7 @@ def test_sharded_processes_equal_one_and_one_continues(tmp_path):
     flags = f"--reward {tmp_path}/own.py:sharded --group_size 2 --prompts_per_iter 4 --full true"
     flags += " --micro_batch 2 --update_epochs 2 --num_minibatches 2 --clip_range 1e-3"
     flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 1"
-    code, out, err = torchrun(tmp_path / "two", 2, *flags.split(), "--iterations", "1")
-    assert code == 0, out + err
+    run_processes("vgrpo", 2, small_flags(tmp_path / "two", *flags.split(), "--iterations", "1"))
     assert (tmp_path / "sharded").read_text() == "S(0)", "weights are split, not copied"
     whole = (tmp_path / "two", tmp_path / "one")
     run(tmp_path / "two", "--resume", str(tmp_path / "two"), *flags.split(), "--iterations", "2")
@@ -583,8 +621,8 @@ def test_three_sharded_processes_equal_one(tmp_path):
     """Pave-GRPO's paths, all weights sharded over three; an evaluation that does not divide."""
     flags = "--rollout sde --group_size 2 --prompts_per_iter 6 --micro_batch 2 --sample_batch 2"
     flags += " --iterations 1 --eval_samples 3 --kl_beta 0.1 --full true --num_minibatches 2"
-    code, out, err = torchrun(tmp_path / "three", 3, *flags.split(), script="pave_grpo.py")
-    assert code == 0, out + err
+    argv = small_flags(tmp_path / "three", *flags.split(), script="pave_grpo.py")
+    run_processes("pave_grpo", 3, argv)
     run(tmp_path / "one", *flags.split(), script=pave_grpo)
     assert_runs_are_close(tmp_path / "one", tmp_path / "three")
     config = (tmp_path / "three/transformer/config.json").read_text()
@@ -594,8 +632,8 @@ def test_three_sharded_processes_equal_one(tmp_path):
 def test_two_processes_with_lora_equal_one(tmp_path):
     """Pave-GRPO's branches: each process holds all weights and sums its LoRA's gradients."""
     flags = "--group_size 2 --prompts_per_iter 4 --micro_batch 2 --iterations 2 --eval_samples 3"
-    code, out, err = torchrun(tmp_path / "two", 2, *flags.split(), script="pave_grpo.py")
-    assert code == 0, out + err
+    argv = small_flags(tmp_path / "two", *flags.split(), script="pave_grpo.py")
+    run_processes("pave_grpo", 2, argv)
     run(tmp_path / "one", *flags.split(), script=pave_grpo)
     assert_runs_are_close(tmp_path / "one", tmp_path / "two")
 
