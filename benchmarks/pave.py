@@ -31,7 +31,7 @@ from pave_grpo import parse_args
 ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --kl_beta 0"
 STEPS = {4: "0 2", 10: "0 2 4 6"}  # T: trained steps
 CONDITIONS = {  # what changes in branches with CPS steps: of which splits, which flags
-    "guided": (("S", "S2.3"), "--guidance_scale 3"),
+    "guided": (("S", "S2.3"), "--guidance_scale 3 --lr 5e-5"),
     "epochs2": (("S", "S2.3"), "--update_epochs 2"),
     "2G": (("S",), "--group_size 24"),  # with 2T, the paper's controls: about twice the compute
 }

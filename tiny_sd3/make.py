@@ -300,11 +300,11 @@ def train_vae(steps: int, batch: int, seed: int, log: Path):
     return vae.eval()
 
 
-def random_scenes(rng: random.Random, number: int) -> list[dict]:
-    """Uncorrupted scenes, the task types in equal parts, over all pairs: pretraining has seen
-    everything.
+def random_scenes(rng: random.Random, number: int, pairs: list | None = None) -> list[dict]:
+    """Uncorrupted scenes, the task types in equal parts, over the given pairs or all: pretraining
+    has seen everything.
     """
-    pairs = list(itertools.product(PALETTE, SHAPES))
+    pairs = pairs or list(itertools.product(PALETTE, SHAPES))
     return [random_scene(rng, TAGS[i % len(TAGS)], pairs) for i in range(number)]
 
 
@@ -404,7 +404,15 @@ def encode_text(pipe, text: list[str], zeros: int) -> tuple[torch.Tensor, torch.
 
 
 def train(
-    pipe, modules: list, wrong: float, images: int, steps: int, lr: float, seed: int, log: Path
+    pipe,
+    modules: list,
+    wrong: float,
+    images: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    log: Path,
+    pairs: list | None = None,
 ) -> None:
     """Flow matching on cached latents: batches of 96, shifted logit-normal t, 10 % empty prompts,
     one-cycle AdamW.
@@ -416,7 +424,7 @@ def train(
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    scenes = random_scenes(rng, images)
+    scenes = random_scenes(rng, images, pairs)
     prompts = [caption(scene) for scene in scenes]
     latents = []
     with torch.no_grad():
