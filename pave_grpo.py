@@ -104,7 +104,7 @@ class Config(MethodConfig):
     eval_steps: int = flag(40, "solver steps per evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
     # update
-    micro_batch: int = flag(4, "latents per network call in the update; sets memory, not results")
+    micro_batch: int = flag(4, "latents or transitions at a time in the update; sets memory only")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
@@ -171,9 +171,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
         fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
     if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
         fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
-    if args.start_from:
+    if args.start_from and not args.resume:
         read_checkpoint(Path(args.start_from))
-    if args.tracker != "none" and not find_spec(args.tracker):
+    if args.tracker != "none" and not (find_spec(args.tracker) and find_spec("tensorboard")):
         fail(f"--tracker {args.tracker} needs its package: pip install tensorboard wandb.")
     images_per_prompt(args)  # checks the method's flags
     return args
@@ -250,7 +250,7 @@ class Model:
             if args.full and WORLD_SIZE > 1:
                 for part in [*blocks, net]:
                     fully_shard(part)
-                net.float()  # this process's part; before, it was a view of the file
+                net.float()  # the shards: fully_shard has copied them out of the file
             if args.compile:
                 for block in blocks:
                     block.compile()
@@ -280,7 +280,7 @@ class Model:
         """Keeps these prompts' encodings, 3 to 4 MB each, in host memory, and drops all others.
         The encoders (T5: 9.5 GB) visit the device for what is new; after the last, they go."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt not in new}
+        self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt in self.cache}
         parts = self.pipe.components.items()
         encoders = {name: part for name, part in parts if name.startswith("text_encoder")}
         options = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
@@ -295,7 +295,8 @@ class Model:
             setattr(self.pipe, name, None)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached."""
+        """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached.
+        New ones are encoded while the encoders are there: see `cache_prompts`."""
         if not self.cache.keys() >= set(prompts):
             self.cache_prompts([*self.cache, *prompts])
         parts = zip(*[self.cache[prompt] for prompt in prompts], strict=True)
@@ -311,7 +312,9 @@ class Model:
         copies = len(x_t) // len(cond[0])
         context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         x, t = x_t.float(), t.float().expand(len(x_t))
-        with torch.autocast(self.device.type, torch.bfloat16, context.dtype == torch.bfloat16):
+        half = context.dtype == torch.bfloat16
+        # no cache: it would keep a bf16 copy of every weight that FSDP2 gathers
+        with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
                 v = self.flux_velocity(net, x, t, context, pooled)
             else:
@@ -393,7 +396,7 @@ def load_model(args: Config, device: torch.device) -> Model:
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
-    except ValueError as error:  # weights that do not fit their config, for one
+    except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
         fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
     return Model(pipe, args, device)
 
@@ -770,8 +773,7 @@ def read_checkpoint(run_dir: Path) -> dict:
         Config(**state["config"])  # a TypeError names a flag that is not of this script
         return state
     except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        reason = error
-    fail(f"{path} is damaged or another script's ({reason}).")
+        fail(f"{path} is damaged or another script's ({error}).")
 
 
 def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
@@ -786,8 +788,8 @@ def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
     states.set_model_state_dict(net, saved, options=PARTS)
     if optimizer:
         here = states.get_optimizer_state_dict(net, optimizer)
-        for name, moments in here["state"].items():
-            moments |= {moment: saved[f"state.{name}.{moment}"] for moment in moments}
+        for name, moments in here["state"].items():  # these dicts are the optimizer's own
+            here["state"][name] = {key: saved[f"state.{name}.{key}"] for key in moments}
         states.set_optimizer_state_dict(net, optimizer, here, options=PARTS)
     return state["iteration"]
 
@@ -878,7 +880,7 @@ def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
 
 
 # -------------------------------------------------------------------------------------------- main
-ENCODED_AHEAD = 1000  # prompts at a time, up to 4 GB of host memory
+ENCODED_AHEAD = 1000  # prompts at a time; a file of no more is encoded whole: 4 GB
 
 
 def prompt_schedule(lines: list[dict], args: Config) -> list[dict]:
@@ -918,6 +920,8 @@ def main(argv: list[str] | None = None) -> None:
         record({"iteration": 0} | evaluate(model, args, eval_lines, reward_fns, run_dir, 0))
     norms: list[float] = []  # of all gradients so far
     step = partial(optimizer_step, optimizer, args, norms)
+    few = len(train_lines) <= ENCODED_AHEAD
+    ahead = args.iterations if few else max(1, ENCODED_AHEAD // P)
     encoded = done  # iterations whose prompts are encoded
     shown: dict = {}  # by the bar
     numbers = range(done + 1, args.iterations + 1)
@@ -926,10 +930,10 @@ def main(argv: list[str] | None = None) -> None:
         slots = range(RANK, P, WORLD_SIZE)  # whole groups of this process
         prompts = {slot: schedule[(iteration - 1) * P + slot] for slot in slots}
         if iteration > encoded:
-            encoded += max(1, ENCODED_AHEAD // P)
-            ahead = schedule[(iteration - 1) * P + RANK : encoded * P : WORLD_SIZE]
-            texts = [line["prompt"] for line in ahead]
-            model.cache_prompts(eval_prompts + texts, last=encoded >= args.iterations)
+            encoded += ahead
+            coming = schedule[(iteration - 1) * P + RANK : encoded * P : WORLD_SIZE]
+            texts = eval_prompts + [line["prompt"] for line in coming]
+            model.cache_prompts(texts, last=encoded >= args.iterations)
         logged: dict = {"iteration": iteration}
         measured = partial(stage, model=model, metrics=logged, images=len(prompts) * images)
         # >>> METHOD: Algorithm 1, in its order

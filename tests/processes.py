@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import socket
+from multiprocessing import connection
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils  # noqa: F401
@@ -41,9 +42,14 @@ def run_processes(script: str, processes: int, argv: list[str]) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     jobs = [start_rank(script, argv, rank, processes, port) for rank in range(processes)]
-    for job in jobs:
-        job.join(timeout=240)
-    codes = [job.exitcode for job in jobs]
+    running = {job.sentinel: job for job in jobs}
+    while running:  # the others wait for one that failed
+        ended = connection.wait(running, timeout=240)
+        codes = [running.pop(sentinel).exitcode for sentinel in ended]
+        if not ended or any(codes):
+            break
     for job in jobs:
         job.kill()
+        job.join()
+    codes = [job.exitcode for job in jobs]
     assert codes == [0] * processes, codes

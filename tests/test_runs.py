@@ -355,7 +355,12 @@ def test_bf16_autocast_path_runs_and_is_close():
     for p in half.transformer.parameters():
         p.data = p.data if p.requires_grad else p.data.bfloat16()
     lines, x = [{"prompt": "a red circle"}], torch.randn(1, *fp32.latent_shape, generator=gen())
+    cached = []
+    half.transformer.register_forward_hook(
+        lambda *_: cached.append(torch.is_autocast_cache_enabled())
+    )
     v = half.velocity_fn(lines)(x, torch.tensor(0.7))
+    assert cached == [False], "else each weight that FSDP2 gathers stays as a bf16 copy"
     v.square().mean().backward()
     assert v.dtype == torch.float32 and all(
         p.grad.dtype == torch.float32 for p in half.trainable.values()
@@ -585,19 +590,22 @@ def stopping(images, prompts, metadata):
 
 def test_sharded_processes_equal_one_and_one_continues(tmp_path):
     """V-GRPO, all weights sharded over two processes, two KLs, four gradient steps an iteration:
-    as one process; a run of two goes on as one, and the transformer loads in plain diffusers.
+    as one process; a run of two goes on as two, then as one, and the transformer loads in plain
+    diffusers.
     """
     (tmp_path / "own.py").write_text(SHARDED)
     flags = f"--reward {tmp_path}/own.py:sharded --group_size 2 --prompts_per_iter 4 --full true"
     flags += " --micro_batch 2 --update_epochs 2 --num_minibatches 2 --clip_range 1e-3"
     flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 1"
-    run_processes("vgrpo", 2, small_flags(tmp_path / "two", *flags.split(), "--iterations", "1"))
+    two, one, again = tmp_path / "two", tmp_path / "one", ("--resume", str(tmp_path / "two"))
+    begun, more = (small_flags(two, *flags.split(), "--iterations", n) for n in "12")
+    run_processes("vgrpo", 2, begun)
     assert (tmp_path / "sharded").read_text() == "S(0)", "weights are split, not copied"
-    whole = (tmp_path / "two", tmp_path / "one")
-    run(tmp_path / "two", "--resume", str(tmp_path / "two"), *flags.split(), "--iterations", "2")
-    run(tmp_path / "one", *flags.split(), "--iterations", "2")
-    assert_runs_are_close(*whole)
-    a, b = (SD3Transformer2DModel.from_pretrained(folder / "transformer") for folder in whole)
+    run_processes("vgrpo", 2, [*more, *again])
+    run(two, *again, *flags.split(), "--iterations", "3")
+    run(one, *flags.split(), "--iterations", "3")
+    assert_runs_are_close(two, one)
+    a, b = (SD3Transformer2DModel.from_pretrained(run / "transformer") for run in (two, one))
     trained = load_file(tmp_path / "one" / vgrpo.CHECKPOINT)
     for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
         close(x, y, 1e-5, name)
@@ -741,6 +749,9 @@ def test_a_stage_starts_from_the_weights_of_the_stage_before(tmp_path):
     assert not (tmp_path / "3/pytorch_lora_weights.safetensors").exists(), "nothing was trained"
     with pytest.raises(rewards.UserError, match="other weights"):
         run(tmp_path / "4", "--start_from", str(tmp_path / "1"), "--lora_rank", "8")
+    (tmp_path / "1").rename(tmp_path / "elsewhere")
+    resumed = run(tmp_path / "2", "--resume", str(tmp_path / "2"), "--iterations", "2")
+    assert [line["iteration"] for line in resumed] == [0, 1, 2], "the first stage is not needed"
 
 
 def test_tracker_gets_every_number_of_a_run(tmp_path, monkeypatch):
