@@ -32,7 +32,7 @@ def iterate(script, kind, **changes):
     args = script.Config(**flags)
     model = real.build_model(script, args, memory.META, True, torch.float32)
     lines = {0: {"prompt": real.PROMPT}, 1: {"prompt": real.PROMPT}}
-    no_autocast = unittest.mock.patch("torch.autocast", lambda *a: contextlib.nullcontext())
+    no_autocast = unittest.mock.patch("torch.autocast", lambda *a, **k: contextlib.nullcontext())
     with FakeTensorMode(allow_non_fake_inputs=True), no_autocast:
         sigmas = script.sigma_grid(args.steps, args.shift).to(model.device)
         batch = script.sample(model, lines, sigmas, args, 1)
