@@ -589,14 +589,14 @@ def stopping(images, prompts, metadata):
 
 
 def test_sharded_processes_equal_one_and_one_continues(tmp_path):
-    """V-GRPO, all weights sharded over two processes, two KLs, four gradient steps an iteration:
+    """V-GRPO, all weights sharded over two processes, two KLs, two gradient steps an iteration:
     as one process; a run of two goes on as two, then as one, and the transformer loads in plain
     diffusers.
     """
     (tmp_path / "own.py").write_text(SHARDED)
     flags = f"--reward {tmp_path}/own.py:sharded --group_size 2 --prompts_per_iter 4 --full true"
-    flags += " --micro_batch 2 --update_epochs 2 --num_minibatches 2 --clip_range 1e-3"
-    flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 1"
+    flags += " --micro_batch 2 --num_minibatches 2 --clip_range 1e-3 --steps 2 --eval_steps 2"
+    flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 9"
     two, one, again = tmp_path / "two", tmp_path / "one", ("--resume", str(tmp_path / "two"))
     begun, more = (small_flags(two, *flags.split(), "--iterations", n) for n in "12")
     run_processes("vgrpo", 2, begun)
@@ -629,6 +629,7 @@ def test_three_sharded_processes_equal_one(tmp_path):
     """Pave-GRPO's paths, all weights sharded over three; an evaluation that does not divide."""
     flags = "--rollout sde --group_size 2 --prompts_per_iter 6 --micro_batch 2 --sample_batch 2"
     flags += " --iterations 1 --eval_samples 3 --kl_beta 0.1 --full true --num_minibatches 2"
+    flags += " --steps 3 --sde_steps 0 1 --splits 2 --eval_steps 2"
     argv = small_flags(tmp_path / "three", *flags.split(), script="pave_grpo.py")
     run_processes("pave_grpo", 3, argv)
     run(tmp_path / "one", *flags.split(), script=pave_grpo)
