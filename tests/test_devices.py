@@ -12,7 +12,10 @@ import memory
 import pytest
 import real_sizes as real
 import torch
+import torch.distributed as dist
+from conftest import load
 from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DTensor
 
 import pave_grpo
 import vgrpo
@@ -65,3 +68,21 @@ def test_a_planted_cpu_tensor_is_caught(script):
     planted = unittest.mock.patch.object(script.Model, "noise", on_the_cpu)
     with planted, pytest.raises(RuntimeError, match="device"):
         iterate(script, "sd3")
+
+
+def test_sharded_weights_are_loaded_as_in_the_file_and_trained_as_fp32(monkeypatch):
+    """bf16 weights are mapped from their file; the sharded parameters hold the same values."""
+    args = vgrpo.parse_args(["--full", "true"])
+    pipe = load().pipe
+    pipe.transformer.bfloat16()
+    before = {name: weight.clone() for name, weight in pipe.transformer.named_parameters()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(vgrpo, "WORLD_SIZE", 2)
+        model = vgrpo.Model(pipe, args, torch.device("cpu"))
+        for net in (model.transformer, model.initial):
+            for name, weight in net.named_parameters():
+                assert isinstance(weight, DTensor) and weight.dtype == torch.float32
+                assert torch.equal(weight.full_tensor(), before[name].float())
+    finally:
+        dist.destroy_process_group()

@@ -19,12 +19,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from conftest import SMALL, load, make, run, small_flags, spawn, untimed
 from diffusers import SD3Transformer2DModel
 from processes import run_processes, start_rank
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 
 import pave_grpo
 import rewards
@@ -303,24 +301,6 @@ def test_prompts_are_encoded_ahead_until_the_encoders_may_go(tmp_path, monkeypat
     ahead = run(tmp_path / "ahead", "--iterations", "3")
     assert calls == [start, (4 + 2 * 2, False, False), (4 + 2, True, True)]
     assert untimed(ahead) == untimed(at_once)
-
-
-def test_sharded_weights_are_loaded_as_in_the_file_and_trained_as_fp32(monkeypatch):
-    """bf16 weights are mapped from their file; the sharded parameters hold the same values."""
-    args = vgrpo.parse_args(["--full", "true"])
-    pipe = load().pipe
-    pipe.transformer.bfloat16()
-    before = {name: weight.clone() for name, weight in pipe.transformer.named_parameters()}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(vgrpo, "WORLD_SIZE", 2)
-        model = vgrpo.Model(pipe, args, torch.device("cpu"))
-        for net in (model.transformer, model.initial):
-            for name, weight in net.named_parameters():
-                assert isinstance(weight, DTensor) and weight.dtype == torch.float32
-                assert torch.equal(weight.full_tensor(), before[name].float())
-    finally:
-        dist.destroy_process_group()
 
 
 def test_full_training_copies_the_network_for_a_kl_only():

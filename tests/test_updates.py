@@ -382,3 +382,20 @@ def test_sizes_of_functions_and_of_the_method(script):
             assert len(inspect.getsource(function).splitlines()) <= (
                 100 if function is script.main else 50
             )
+
+
+def test_sample_draws_one_set_of_pairs_a_prompt():
+    """t and noise (P G, N, ...) of an iteration: draw_pairs of each slot's own generator, in order."""
+    args = vgrpo.parse_args(["--group_size", "3", "--steps", "4", "--num_pairs", "2"])
+    model = vgrpo.load_model(args, torch.device("cpu"))
+    prompts = {1: {"prompt": "a red circle"}, 4: {"prompt": "a blue square"}}
+    batch = vgrpo.sample(model, prompts, vgrpo.sigma_grid(4, 3.0), args, 7)
+    assert batch.x_0.shape == (6, *model.latent_shape) and len(batch.lines) == 6
+    expected = []
+    for slot in prompts:
+        generator = vgrpo.generator_for(args.seed, 7, "pairs", slot)
+        grid = vgrpo.sigma_grid(4, 3.0)
+        expected.append(vgrpo.draw_pairs(grid, 2, 1, 3, model.latent_shape, generator))
+    for held, parts in zip((batch.t, batch.noise), zip(*expected, strict=True), strict=True):
+        assert torch.equal(held, torch.cat(parts))
+    assert not torch.equal(batch.noise[0], batch.noise[3]), "each prompt has its own"
