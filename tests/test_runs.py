@@ -576,7 +576,7 @@ def test_sharded_processes_equal_one_and_one_continues(tmp_path):
     (tmp_path / "own.py").write_text(SHARDED)
     flags = f"--reward {tmp_path}/own.py:sharded --group_size 2 --prompts_per_iter 4 --full true"
     flags += " --micro_batch 2 --num_minibatches 2 --clip_range 1e-3 --steps 2 --eval_steps 2"
-    flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 9"
+    flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 1"
     two, one, again = tmp_path / "two", tmp_path / "one", ("--resume", str(tmp_path / "two"))
     begun, more = (small_flags(two, *flags.split(), "--iterations", n) for n in "12")
     run_processes("vgrpo", 2, begun)
