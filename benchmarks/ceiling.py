@@ -1,6 +1,6 @@
 """What the bundled model can reach: supervised training on true captions, in place of RL.
 
-    python benchmarks/ceiling.py            # twelve minutes on one thread
+    python benchmarks/ceiling.py            # a quarter of an hour on one thread
 
 Flow matching on fresh renders of the colour-shape pairs that training prompts have, with the
 captions that the verifier asks for. Then the `shapes` reward on the evaluation prompts, whose pairs
