@@ -1,18 +1,16 @@
 """V-GRPO beside its rivals on the bundled model: learning curves, time to a reward, ablations.
 
     python benchmarks/curves.py runs/ONE runs/OTHER    # curves of your own runs, into runs.png
-    python benchmarks/curves.py --reduced          # six methods, one seed, 30 iterations, then
+    python benchmarks/curves.py --reduced          # six methods, one seed, 24 iterations, then
     draws
-    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best,
-    ablations, then draws
-    python benchmarks/curves.py --full --ablation_seeds 0 1 2      # the same, with three seeds of
-    each ablation
+    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best
+    and of each ablation, then draws
     python benchmarks/curves.py                    # only draws and prints what benchmarks/results
     holds
     python benchmarks/curves.py --estimate         # what --reduced and --full will take, and what
     of it is still to do
     python benchmarks/curves.py --measure          # three iterations of each method, one at a time,
-    for the estimate
+    for the estimate, and of each number of gradient steps, for their table
 
 --jobs runs at a time, one thread each; finished runs are kept, others start again. Raw metrics:
 benchmarks/results/NAME-sSEED.jsonl. Figures need `pip install -r benchmarks/requirements.txt`.
@@ -107,6 +105,7 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
         "1": ("default", ""),
         "2": ("abl-updates2", V + "--num_minibatches 2"),
         "4": ("abl-updates4", V + "--num_minibatches 4"),
+        "8": ("abl-updates8", V + "--num_minibatches 8"),
     },
     "step controls": {
         "soft clip 3, KL to initial model 0.1": ("default", ""),
@@ -116,6 +115,10 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
         ),  # seeds.py's run, so its 50 iterations
         "hard clamp 5 for the soft clip": ("abl-hard", V + "--soft_clip 0"),
         "4 updates": ("abl-updates4", V + "--num_minibatches 4"),
+        "4 updates, hard clamp 5": (
+            "abl-updates4_hard",
+            V + "--num_minibatches 4 --soft_clip 0",
+        ),
         "4 updates, ratio clip 0.01": (
             "abl-updates4_clip",
             V + "--num_minibatches 4 --clip_range 1e-2",
@@ -124,7 +127,17 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
             "abl-updates4_kl",
             V + "--num_minibatches 4 --kl_beta 0.3",
         ),
+        "8 updates, ratio clip 0.01": (
+            "abl-updates8_clip",
+            V + "--num_minibatches 8 --clip_range 1e-2",
+        ),
     },
+}
+SEVERAL_STEPS = {  # name of the results -> (label, command); one step an iteration first
+    name: (label, command)
+    for panel in ("updates per iteration", "step controls")
+    for label, (name, command) in ABLATIONS[panel].items()
+    if "updates" in name or (name, label) == ("default", "1")
 }
 PAVE_ABLATIONS = {  # panel -> label -> name in pave.py; 20 iterations of 192 images
     "splits S (branches, CPS, T = 10)": {
@@ -197,9 +210,19 @@ def ablation_jobs(seeds: list[int]) -> list[Job]:
 
 
 def reduced_jobs() -> list[Job]:
-    return [
-        Job(f"reduced-{name}", f"{command} --iterations 30", 0, 30)
+    jobs = [
+        Job(f"reduced-{name}", f"{command} --iterations 24", 0, 24)
         for name, (_, command, _) in METHODS.items()
+    ]
+    return sorted(jobs, key=lambda job: job.name != "reduced-flow_grpo")  # the longest first
+
+
+def measure_jobs() -> list[Job]:
+    commands = {name: command for name, (_, command, _) in (METHODS | OTHERS).items()}
+    commands |= {name: command or "vgrpo.py" for name, (_, command) in SEVERAL_STEPS.items()}
+    return [
+        Job(f"measure-{name}", f"{command} --iterations 3 --eval_samples 1", 0, 3)
+        for name, command in commands.items()
     ]
 
 
@@ -360,6 +383,34 @@ def ablation_rows() -> list[tuple[str, str, list[float]]]:
         (p, label, [scores(run)[at] for run in runs(name) if at in scores(run)])
         for p, label, at, name in rows
     ]
+
+
+def steps_table(levels: list[float]) -> None:
+    """What several gradient steps on the same rollouts cost to each level, in the first AT
+    iterations of every seed; as in reach_table, but for the seconds: they are --measure's.
+    """
+    print(f"\nSeveral gradient steps an iteration, {AT} iterations\n")
+    head = ["updates", "seeds", "end", "evaluations an image", "s an iteration"]
+    head += [
+        f"{level} after {unit}" for level in levels for unit in ("iterations", "evaluations", "s")
+    ]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for name, (label, _) in SEVERAL_STEPS.items():
+        found, timed = [run[: AT + 1] for run in runs(name)], runs(f"measure-{name}")
+        if not (found and timed):
+            print(f"| {label} | missing |")
+            continue
+        each = sum(found[0][1][f"nfe/{part}"] for part in ("sample", "update"))
+        seconds = seconds_per_iteration(timed)
+        row = [label, len(found), f"{mean(scores(run)[AT] for run in found):.3f}", f"{each:.0f}"]
+        row.append(f"{seconds:.1f}")
+        for level in levels:
+            spent, number, _ = costs(found, 192, level)
+            sign = "" if number == len(found) else "> "
+            iterations = mean(spent)
+            values = (iterations, iterations * 192 * each, iterations * seconds)
+            row += [f"{sign}{value:,.0f}" for value in values]
+        print("| " + " | ".join(map(str, row)) + " |")
 
 
 def ablation_start(panel: str) -> float:
@@ -555,6 +606,7 @@ def report(levels: list[float], reduced: bool) -> None:
     if not reduced:
         grid_table()
         ablation_table()
+        steps_table(levels[-1:])
         missing += [f"{panel}: {label}" for panel, label, values in ablation_rows() if not values]
     print("\nMissing, left out: " + (", ".join(missing) or "nothing"))
     prefix = "reduced_" if reduced else ""
@@ -595,11 +647,11 @@ def estimated_seconds(job: Job) -> float:
     )
 
 
-def print_estimate(jobs_at_a_time: int) -> None:
+def print_estimate(jobs_at_a_time: int, ablation_seeds: list[int]) -> None:
     """Sums over all runs of a set, and over those without results, divided by the number of cores."""
     sets = {
         "reduced": reduced_jobs(),
-        "full": grid_jobs() + best_jobs() + other_jobs() + ablation_jobs([0]),
+        "full": grid_jobs() + best_jobs() + other_jobs() + ablation_jobs(ablation_seeds),
     }
     for name, jobs in sets.items():
         unique = {(job.name, job.seed): estimated_seconds(job) for job in jobs}
@@ -629,7 +681,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="run nothing")
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--ablation_seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ablation_seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument(
         "--rewards", type=float, nargs="+", default=[0.70, 0.80], help="the rewards to reach"
     )
@@ -639,11 +691,10 @@ def main() -> None:
         return own_runs.draw(options.runs, options.out)
     (HERE / "results").mkdir(exist_ok=True)
     if options.measure:
-        for name in [*METHODS, "pave"]:
-            command = (METHODS | OTHERS)[name][1]
-            attempt(Job(f"measure-{name}", f"{command} --iterations 3 --eval_samples 1", 0, 3))
+        for job in measure_jobs():
+            attempt(job)
     if options.measure or options.estimate:
-        return print_estimate(options.jobs)
+        return print_estimate(options.jobs, options.ablation_seeds)
     if importlib.util.find_spec("matplotlib") is None:  # before hours of runs, not after them
         parser.error("the figures need `pip install -r benchmarks/requirements.txt`.")
     full = [grid_jobs, best_jobs, other_jobs, lambda: ablation_jobs(options.ablation_seeds)]

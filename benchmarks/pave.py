@@ -30,10 +30,12 @@ from pave_grpo import parse_args
 
 ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --kl_beta 0"
 STEPS = {4: "0 2", 10: "0 2 4 6"}  # T: trained steps
-CONDITIONS = {  # what changes in branches with CPS steps: of which splits, which flags
+CONDITIONS = {  # what changes in branches with CPS steps at T = 4: of which splits, which flags
     "guided": (("S", "S2.3"), "--guidance_scale 3 --lr 5e-5"),
     "epochs2": (("S", "S2.3"), "--update_epochs 2"),
-    "2G": (("S",), "--group_size 24"),  # with 2T, the paper's controls: about twice the compute
+    # the paper's controls, about twice the compute; the trained steps begin at the same noise levels
+    "2G": (("S",), "--group_size 24"),
+    "2T": (("S",), "--steps 8 --sde_steps 0 4"),
 }
 
 
@@ -57,15 +59,10 @@ def configurations() -> dict[str, str]:
                             f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --sde {step} "
                             f"--splits {splits} --target {target} --prompts_per_iter {prompts}"
                         )
-    for T in STEPS:
-        for name, (settings, flags) in CONDITIONS.items():
-            for splits in settings:
-                base = f"T{T}-branch-cps-{splits}"
-                found[f"{base}-{name}"] = f"{found[base]} {flags}"
-        steps = " ".join(str(2 * int(step)) for step in STEPS[T].split())
-        found[f"T{T}-branch-cps-S-2T"] = (
-            f"{found[f'T{T}-branch-cps-S']} --steps {2 * T} --sde_steps {steps}"
-        )
+    for name, (settings, flags) in CONDITIONS.items():
+        for splits in settings:
+            base = f"T4-branch-cps-{splits}"
+            found[f"{base}-{name}"] = f"{found[base]} {flags}"
     return found
 
 

@@ -7,6 +7,7 @@ import math
 import types
 
 import curves
+import ema
 import own_runs
 import pave
 import planned
@@ -384,6 +385,7 @@ TABLES = {
 TABLES |= {
     "grid": curves.grid_table,
     "ablations": curves.ablation_table,
+    "steps": functools.partial(curves.steps_table, [0.8]),
     "seeds": seeds.table,
     "pave": pave.table,
     "pave, paired": pave.paired_table,
@@ -444,3 +446,23 @@ def test_paired_differences_are_of_the_same_seed_and_their_interval_students(tmp
     mean, low, high = pave.interval(differences)
     half = 4.30 * 0.125 / 3**0.5  # two degrees of freedom; the deviation is 0.125
     assert (mean, low, high) == pytest.approx((0.125, 0.125 - half, 0.125 + half))
+
+
+def test_moving_average_is_looked_at_and_never_trained(monkeypatch):
+    """After each step average <- d average + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)) after
+    n steps; an evaluation sees both and leaves the weights as they were.
+    """
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], 1.0)
+    model = types.SimpleNamespace(trainable={"w": weight})
+    monkeypatch.setattr(vgrpo, "optimizer_step", lambda *_: weight.data.add_(1.0))
+    monkeypatch.setattr(vgrpo, "evaluate", lambda *_: {"eval/w": weight.item()})
+    ema.with_average(0.3)
+    average = 0.0
+    for n in range(6):
+        vgrpo.optimizer_step(optimizer, None, [])
+        share = min(0.3, (1 + n) / (10 + n)) if n else 0.0
+        average = share * average + (1 - share) * (n + 1)
+        found = vgrpo.evaluate(model)
+        assert found == {"eval/w": n + 1, "eval_ema/w": pytest.approx(average)}
+        assert weight.item() == n + 1
