@@ -606,9 +606,9 @@ def sharded(images, prompts, metadata):
 
 
 def test_three_sharded_processes_equal_one(tmp_path):
-    """Pave-GRPO's paths, all weights sharded over three; an evaluation that does not divide."""
-    flags = "--rollout sde --group_size 2 --prompts_per_iter 6 --micro_batch 2 --sample_batch 2"
-    flags += " --iterations 1 --eval_samples 3 --kl_beta 0.1 --full true --num_minibatches 2"
+    """Pave-GRPO's paths, all weights sharded over three processes."""
+    flags = "--rollout sde --group_size 2 --prompts_per_iter 6 --micro_batch 2 --sample_batch 4"
+    flags += " --iterations 1 --kl_beta 0.1 --full true --num_minibatches 2"
     flags += " --steps 3 --sde_steps 0 1 --splits 2 --eval_steps 2"
     argv = small_flags(tmp_path / "three", *flags.split(), script="pave_grpo.py")
     run_processes("pave_grpo", 3, argv)
@@ -619,7 +619,9 @@ def test_three_sharded_processes_equal_one(tmp_path):
 
 
 def test_two_processes_with_lora_equal_one(tmp_path):
-    """Pave-GRPO's branches: each process holds all weights and sums its LoRA's gradients."""
+    """Pave-GRPO's branches: each process holds all weights and sums its LoRA's gradients. The nine
+    images of an evaluation do not divide.
+    """
     flags = "--group_size 2 --prompts_per_iter 4 --micro_batch 2 --iterations 2 --eval_samples 3"
     argv = small_flags(tmp_path / "two", *flags.split(), script="pave_grpo.py")
     run_processes("pave_grpo", 2, argv)
