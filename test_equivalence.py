@@ -1,17 +1,13 @@
-"""The proof that the maths is right: every method function against an independent oracle, loss and
-gradient.
+"""The proof that the maths is right: method functions against independent oracles, with gradients.
 
-    python -m pytest            all of it, a few minutes on two CPU cores
-    python -m pytest -s -k maths   the identities alone, with their largest errors printed
+    python -m pytest                                        all tests, minutes on two CPU cores
+    python -m pytest -n 0 -s -k maths test_equivalence.py   the identities, with their errors
 
-Oracles are naive float64 loops, closed forms, torch.distributions and diffusers' own pipelines and
-schedulers.
-Checks that guard a formula are functions of the implementation; mutation tests hand them broken
-ones.
+Oracles are naive float64 loops, closed forms, torch.distributions and diffusers' own schedulers.
+A check_* function compares any implementation with its oracle. A test hands it the shipped one;
+mutation tests hand it broken ones, which must fail. Notation: the tables that head the scripts.
 """
 
-import ast
-import difflib
 import inspect
 import itertools
 import math
@@ -29,7 +25,7 @@ TINY = ROOT / "tiny_sd3"
 SCRIPTS = [vgrpo, pave_grpo]
 both = pytest.mark.parametrize("script", SCRIPTS)
 F64 = torch.float64
-SHAPE = (2, 4, 4)
+SHAPE = (2, 4, 4)  # of a latent: C, H, W
 
 
 def gen(seed=0):
@@ -40,14 +36,15 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=gen(seed), dtype=F64)
 
 
+def largest(x):
+    return x.abs().max().item()
+
+
 def close(actual, expected, tolerance, what):
     """Asserts max |actual - expected| <= tolerance and prints it."""
-    error = (
-        (torch.as_tensor(actual, dtype=F64) - torch.as_tensor(expected, dtype=F64))
-        .abs()
-        .max()
-        .item()
-    )
+    actual = torch.as_tensor(actual, dtype=F64)
+    expected = torch.as_tensor(expected, dtype=F64)
+    error = largest(actual - expected)
     print(f"{what}: largest error {error:.1e} (tolerance {tolerance:.0e})")
     assert error <= tolerance, f"{what}: {error} > {tolerance}"
 
@@ -66,144 +63,162 @@ def sgd(model, lr=0.1):
 def mutant(function, old, new):
     """`function` with a piece of its source replaced."""
     source = inspect.getsource(function)
-    assert source.count(old) >= 1, (
-        f"{function.__name__} no longer contains {old!r}: mend this mutation"
-    )
+    assert old in source, f"{function.__name__} no longer contains {old!r}: mend this mutation"
     namespace = dict(vars(inspect.getmodule(function)))
     exec(source.replace(old, new), namespace)
     return namespace[function.__name__]
 
 
+def per_sample(t, x):
+    """Times t, () or (B,), as (B, 1, 1, 1): one for each sample of x."""
+    return t.expand(len(x)).view(-1, 1, 1, 1)
+
+
+def channels(W, x):
+    """W x at every pixel.   W: (C, C);  x: (B, C, H, W)"""
+    return torch.einsum("ij,bjhw->bihw", W, x)
+
+
 class Linear:
-    """A stand-in for vgrpo.Model in float64: v(x, t) = W x + t b per pixel, initial weights as the
-    reference.
-    """
+    """A stand-in for vgrpo.Model in float64: v(x, t) = W x + t b at every pixel."""
 
     def __init__(self, seed=0):
-        self.W = (0.3 * randn(SHAPE[0], SHAPE[0], seed=seed)).requires_grad_()
-        self.b = (0.3 * randn(SHAPE[0], seed=seed + 1)).requires_grad_()
-        self.parameters, self.initial = (
-            [self.W, self.b],
-            [0.8 * self.W.detach(), 0.5 + self.b.detach()],
-        )
+        C = SHAPE[0]
+        W = 0.3 * randn(C, C, seed=seed)
+        b = 0.3 * randn(C, seed=seed + 1)
+        self.initial = [0.8 * W, 0.5 + b]  # other weights: a KL to them is not 0
+        self.W = W.requires_grad_()
+        self.b = b.requires_grad_()
+        self.parameters = [self.W, self.b]
 
     def velocity_fn(self, lines=None, initial=False):
         W, b = self.initial if initial else self.parameters
 
         def velocity(x, t):
-            return torch.einsum("ij,bjhw->bihw", W, x) + t.expand(len(x)).view(
-                -1, 1, 1, 1
-            ) * b.view(1, -1, 1, 1)
+            Wx = self.curve(channels(W, x))
+            return Wx + per_sample(t, x) * b[:, None, None]
 
         return velocity
 
+    def curve(self, Wx):
+        return Wx
+
     def grads(self):
-        found = [p.grad.clone() for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        return torch.cat([g.flatten() for g in found])
+        """The gradients so far, in one vector; sets them to zero."""
+        found = []
+        for weight in self.parameters:
+            found.append(weight.grad.flatten())
+            weight.grad = None
+        return torch.cat(found)
 
 
 # ---------------------------------------------------------------------------------------- surrogate
-
-
-def naive_terms(velocity, x_0, t, noise):
-    """x-error, v-error and eps-error of every (sample, pair), by loops: lists [b][j] of flat
-    tensors.
-    """
-    for b, j in itertools.product(range(t.shape[0]), range(t.shape[1])):
-        tau, eps = t[b, j], noise[b, j]
-        z = (1 - tau) * x_0[b] + tau * eps
-        v = velocity(z[None], tau[None])[0]
-        x_hat, eps_hat = z - tau * v, z + (1 - tau) * v
-        yield (
-            b,
-            (x_hat - x_0[b]).flatten(),
-            (v - (eps - x_0[b])).flatten(),
-            (eps_hat - eps).flatten(),
-            x_hat,
-        )
+def naive_errors(velocity, x_0, t, noise):
+    """x0_hat of one sample and one pair, and the error of each of the three predictions.
+    z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v;  x1_hat = z_t + (1 - t) v"""
+    z_t = (1 - t) * x_0 + t * noise
+    v = velocity(z_t[None], t[None])[0]
+    x0_hat = z_t - t * v
+    x1_hat = z_t + (1 - t) * v
+    errors = {
+        "adaptive": x0_hat - x_0,
+        "x": x0_hat - x_0,
+        "v": v - (noise - x_0),
+        "eps": x1_hat - noise,
+    }
+    return x0_hat, errors
 
 
 def naive_surrogate(velocity, x_0, t, noise, weighting):
-    L = [0.0] * len(x_0)
-    for b, ex, ev, ee, _ in naive_terms(velocity, x_0, t, noise):
-        d = len(ex)
-        loss = {
-            "adaptive": sum(ex**2) / d / max((sum(ex.abs()) / d).item(), 1e-5),
-            "x": sum(ex**2) / d,
-            "v": sum(ev**2) / d,
-            "eps": sum(ee**2) / d,
-        }[weighting]
-        L[b] = L[b] + loss / t.shape[1]
-    return torch.stack(L)
+    """L (B,) and x0_hat (B, N, C, H, W), a sample and a pair at a time."""
+    B, N = t.shape
+    L, x0_hats = [], []
+    for b in range(B):
+        total = 0.0
+        for j in range(N):
+            pair = (t[b, j], noise[b, j])
+            x0_hat, errors = naive_errors(velocity, x_0[b], *pair)
+            x0_hats.append(x0_hat)
+            e = errors[weighting].flatten()
+            loss = sum(e**2) / len(e)
+            if weighting == "adaptive":
+                normaliser = sum(e.abs()) / len(e)
+                loss = loss / max(normaliser.item(), 1e-5)  # .item(): a constant
+            total = total + loss / N
+        L.append(total)
+    return torch.stack(L), torch.stack(x0_hats).view_as(noise)
 
 
 def problem(B=3, N=4, seed=0):
+    """x_0 (B, C, H, W), t (B, N) and noise (B, N, C, H, W)."""
     t = torch.rand(B, N, generator=gen(seed), dtype=F64) * 0.8 + 0.15
-    return randn(B, *SHAPE, seed=seed + 1), t, randn(B, N, *SHAPE, seed=seed + 2)
+    x_0 = randn(B, *SHAPE, seed=seed + 1)
+    return x_0, t, randn(B, N, *SHAPE, seed=seed + 2)
 
 
 def check_surrogate(surrogate):
+    data = problem()
     for weighting in ("adaptive", "x", "v", "eps"):
-        model, data = Linear(), problem()
+        model = Linear()
         L, x0_hat = surrogate(model.velocity_fn(), *data, weighting)
         L.sum().backward()
         grad = model.grads()
-        expected = naive_surrogate(model.velocity_fn(), *data, weighting)
+        expected, expected_hat = naive_surrogate(model.velocity_fn(), *data, weighting)
         expected.sum().backward()
         close(L, expected, 1e-12, f"surrogate {weighting}")
         close(grad, model.grads(), 1e-11, f"surrogate {weighting}, gradient")
-        hats = torch.stack([x for *_, x in naive_terms(model.velocity_fn(), *data)]).view_as(x0_hat)
-        close(x0_hat, hats, 1e-12, "x0_hat")
+        close(x0_hat, expected_hat, 1e-12, "x0_hat")
 
 
 def test_maths_surrogate_equals_naive_loops():
-    """L = mean_j mean_d e^2 / sg(mean_d |e|), e = x0_hat - x_0 (and its x, v, eps forms)."""
+    """[V-GRPO, Eq. 14]   L = mean_j mean_d e^2 / sg(mean_d |e|),  e = x0_hat - x_0
+    x, v, eps: L = mean_j mean_d e^2,  e = x0_hat - x_0,  v - (noise - x_0),  x1_hat - noise"""
     check_surrogate(vgrpo.surrogate)
 
 
 def test_maths_surrogate_finite_differences_hold_the_normaliser():
-    """dL/dW = (L(W + h) - L(W - h)) / 2h if and only if the normaliser is held."""
-    model, (x_0, t, noise) = Linear(), problem()
-    L, x0_hat = vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)
+    """[V-GRPO, Eq. 14]   dL/dW = (L(W + h) - L(W - h)) / 2h with mean_d |e| held; not else."""
+    model = Linear()
+    velocity = model.velocity_fn()
+    x_0, t, noise = problem()
+    L, x0_hat = vgrpo.surrogate(velocity, x_0, t, noise)
     L.sum().backward()
     grad = model.grads()[: model.W.numel()].view_as(model.W)
-    frozen = (x0_hat.detach() - x_0[:, None]).flatten(2).abs().mean(dim=2)
+    error = (x0_hat.detach() - x_0[:, None]).flatten(2)
+    frozen = error.abs().mean(dim=2)
 
-    def total(hold):
-        with torch.no_grad():
-            error = (vgrpo.surrogate(model.velocity_fn(), x_0, t, noise)[1] - x_0[:, None]).flatten(
-                2
-            )
-            return (
-                (error.square().mean(dim=2) / (frozen if hold else error.abs().mean(dim=2)))
-                .mean(dim=1)
-                .sum()
-                .item()
-            )
+    @torch.no_grad()
+    def totals():
+        """The sum of L at the present W, with the normaliser of the first W and with its own."""
+        _, x0_hat = vgrpo.surrogate(velocity, x_0, t, noise)
+        error = (x0_hat - x_0[:, None]).flatten(2)
+        numerator = error.square().mean(dim=2)
+        own = error.abs().mean(dim=2)
+        L = torch.stack([numerator / frozen, numerator / own]).mean(dim=2)
+        return L.sum(dim=1)
 
-    def difference(i, j, hold, h=1e-5):
-        values = []
-        for sign in (1, -1):
-            model.W.data[i, j] += sign * h
-            values.append(total(hold))
-            model.W.data[i, j] -= sign * h
-        return (values[0] - values[1]) / (2 * h)
-
-    index = list(itertools.product(range(SHAPE[0]), repeat=2))
-    held, moving = (
-        torch.tensor([difference(i, j, h) for i, j in index], dtype=F64).view_as(grad)
-        for h in (True, False)
-    )
+    h = 1e-5
+    W = model.W.data
+    differences = torch.zeros(2, *W.shape, dtype=F64)
+    for i, j in itertools.product(range(SHAPE[0]), repeat=2):
+        W[i, j] += h
+        above = totals()
+        W[i, j] -= 2 * h
+        below = totals()
+        W[i, j] += h
+        differences[:, i, j] = (above - below) / (2 * h)
+    held, moving = differences
     close(grad, held, 1e-8, "gradient against differences, normaliser held")
-    assert (grad - moving).abs().max() > 1e-2 * grad.abs().max()
+    assert largest(grad - moving) > 1e-2 * largest(grad)
 
 
 def test_maths_surrogate_denominator_floor_and_shapes():
-    """v = noise - x_0 gives L = 0, not 0 / 0."""
+    """[V-GRPO, Eq. 14]   v = noise - x_0: e = 0 and L = 0, not 0 / 0."""
     x_0, t, noise = problem()
-    exact = lambda x, s: noise[:, 0] - x_0  # the true velocity of pair 0: zero error  # noqa: E731
+
+    def exact(x, s):
+        return noise[:, 0] - x_0  # of pair 0
+
     L, _ = vgrpo.surrogate(exact, x_0, t[:, :1], noise[:, :1])
     assert L.isfinite().all() and (L < 1e-20).all()
     with pytest.raises(AssertionError):
@@ -211,281 +226,308 @@ def test_maths_surrogate_denominator_floor_and_shapes():
 
 
 def gaussian_velocity(m, s):
-    """Exact velocity of the flow for x_0 ~ N(m, s^2 I)."""
+    """Exact velocity E[noise - x_0 | x_t = x] of the flow whose data are x_0 ~ N(m, s^2 I).
+    v*(x, t) = (x - (1 - t) m) (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2) - m"""
 
     def velocity(x, t):
-        t = t.expand(len(x)).view(-1, *(1,) * (x.dim() - 1))
-        return (x - (1 - t) * m) * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2) - m
+        t = per_sample(t, x)
+        centred = x - (1 - t) * m
+        covariance = t - (1 - t) * s**2  # of noise - x_0 with x_t
+        variance = (1 - t) ** 2 * s**2 + t**2  # of x_t
+        return centred * covariance / variance - m
 
     return velocity
 
 
 def test_maths_gaussian_velocity_minimises_the_expected_loss():
-    """d/da E|a v* + c - (noise - x_0)|^2 = 0 at a = 1, c = 0, and the same for c."""
-    m, s, B = 0.7, 0.5, 200_000
-    a, c = (
-        torch.ones((), dtype=F64, requires_grad=True),
-        torch.zeros((), dtype=F64, requires_grad=True),
-    )
+    """d/da E|a v* + c - (noise - x_0)|^2 = 0 at a = 1, c = 0, and d/dc likewise."""
+    m, s = 0.7, 0.5
+    B = 200_000
     exact = gaussian_velocity(m, s)
-    x_0, t = m + s * randn(B, 1, 1, 1), torch.rand(B, 1, generator=gen(5), dtype=F64) * 0.9 + 0.05
-    L, _ = vgrpo.surrogate(
-        lambda x, tau: a * exact(x, tau) + c, x_0, t, randn(B, 1, 1, 1, 1, seed=7), "v"
-    )
-    grads = torch.stack(torch.autograd.grad(L.mean(), (a, c)))
-    close(grads, torch.zeros(2, dtype=F64), 0.02, "gradient at the exact velocity (Monte Carlo)")
-    L, _ = vgrpo.surrogate(
-        lambda x, tau: a * exact(x, tau) + c + 0.3, x_0, t, randn(B, 1, 1, 1, 1, seed=7), "v"
-    )
-    assert torch.stack(torch.autograd.grad(L.mean(), (a, c))).abs().max() > 0.3
+    x_0 = m + s * randn(B, 1, 1, 1)
+    t = torch.rand(B, 1, generator=gen(5), dtype=F64) * 0.9 + 0.05
+    noise = randn(B, 1, 1, 1, 1, seed=7)
+
+    def gradient(c):
+        a_c = torch.tensor([1.0, c], dtype=F64, requires_grad=True)
+
+        def velocity(x, t):
+            return a_c[0] * exact(x, t) + a_c[1]
+
+        L, _ = vgrpo.surrogate(velocity, x_0, t, noise, "v")
+        L.mean().backward()
+        return a_c.grad
+
+    close(gradient(0.0), 0.0, 0.02, "gradient at the exact velocity (Monte Carlo)")
+    assert largest(gradient(0.3)) > 0.3
 
 
 def test_maths_surrogate_differences_are_elbo_differences():
-    """With the weight -SNR'(t) / 2: L_1 - L_2 = log p_2(x) - log p_1(x), both Gaussian."""
-    x, models = 0.4, ((0.7, 0.5), (-0.2, 0.8))
+    """[VDM, arXiv 2107.00630]   L_1 - L_2 = log p_2(x) - log p_1(x), for exact velocities of two
+    Gaussians and the ELBO's own weight: L = 1/2 int SNR E_noise|x0_hat - x|^2 d(log SNR)"""
+    x = torch.tensor(0.4, dtype=F64)
+    m = torch.tensor([0.7, -0.2], dtype=F64)
+    s = torch.tensor([0.5, 0.8], dtype=F64)
+    logp = torch.distributions.Normal(m, s).log_prob(x)
     log_snr = torch.linspace(-18, 22, 40_001, dtype=F64)
-    t = 1 / (1 + (log_snr / 2).exp())  # SNR = ((1 - t) / t)^2
-    integrals = []
-    for m, s in models:
-        per_t = []
-        for noise in (1.0, -1.0):
-            x_0 = torch.full((len(t), 1, 1, 1), x, dtype=F64)
-            L, _ = vgrpo.surrogate(
-                gaussian_velocity(m, s),
-                x_0,
-                t[:, None],
-                noise * torch.ones(len(t), 1, 1, 1, 1, dtype=F64),
-                "x",
-            )
-            per_t.append(L)
-        integrals.append(torch.trapezoid(0.5 * log_snr.exp() * sum(per_t) / 2, log_snr))
-    logp = [
-        torch.distributions.Normal(torch.tensor(m, dtype=F64), s).log_prob(
-            torch.tensor(x, dtype=F64)
-        )
-        for m, s in models
-    ]
-    close(integrals[0] - integrals[1], logp[1] - logp[0], 2e-4, "ELBO difference")
+    snr = log_snr.exp()  # ((1 - t) / t)^2
+    t = 1 / (1 + snr.sqrt())
+    x_0 = x.expand(len(t), 1, 1, 1)
+    noise = torch.ones(len(t), 1, 1, 1, 1, dtype=F64)
+    L = []
+    for k in range(2):
+        velocity = gaussian_velocity(m[k], s[k])
+        plus, _ = vgrpo.surrogate(velocity, x_0, t[:, None], noise, "x")
+        minus, _ = vgrpo.surrogate(velocity, x_0, t[:, None], -noise, "x")
+        error = (plus + minus) / 2  # x0_hat is linear in the noise: +-1 stand for N(0, 1)
+        L.append(torch.trapezoid(snr * error / 2, log_snr))
+    close(L[0] - L[1], logp[1] - logp[0], 2e-4, "ELBO difference")
 
 
 # --------------------------------------------------------------------------------- loss and updates
-
-
 def naive_loss(L_new, L_old, adv, eps, kl, beta, ref_kl, ref_beta):
+    """The loss of V-GRPO, a sample at a time."""
     total = 0.0
-    for new, old, A, D, R in zip(L_new, L_old, adv, kl, ref_kl, strict=True):
-        rho = torch.exp(-new) / torch.exp(-old)
-        clipped = rho if eps is None else torch.clamp(rho, 1 - eps, 1 + eps)
-        total = total - min(rho * A, clipped * A) + beta * D + ref_beta * R
+    samples = zip(L_new, L_old, adv, kl, ref_kl, strict=True)
+    for new, old, A, D, D_ref in samples:
+        ratio = torch.exp(-new) / torch.exp(-old)
+        clipped = ratio if eps is None else torch.clamp(ratio, 1 - eps, 1 + eps)
+        J = min(ratio * A, clipped * A)
+        total = total - J + beta * D + ref_beta * D_ref
     return total / len(adv)
 
 
+def check_metrics(metrics, loss, penalty, ratio):
+    """What both losses report, against definitions.   ratio: (n,), of all samples and k"""
+    n = len(ratio)
+    approx_kl = sum(ratio - 1 - ratio.log()) / n
+    close(metrics["loss/total"], loss, 1e-12, "loss/total")
+    close(metrics["loss/kl"], penalty, 1e-12, "loss/kl")
+    close(metrics["loss/policy"], loss - penalty, 1e-12, "loss/policy")
+    close(metrics["policy/ratio_mean"], sum(ratio) / n, 1e-12, "ratio_mean")
+    close(metrics["policy/ratio_max_dev"], max(abs(ratio - 1)), 1e-12, "ratio_max_dev")
+    close(metrics["policy/approx_kl"], approx_kl, 1e-12, "approx_kl")
+
+
 def check_loss(vgrpo_loss):
-    adv, kl, ref_kl = randn(6, seed=3), randn(6, seed=4).abs(), randn(6, seed=5).abs()
     L_old = randn(6, seed=2).abs()
+    adv = randn(6, seed=3)
+    kl = randn(6, seed=4).abs()
+    ref_kl = randn(6, seed=5).abs()
+    penalty = (0.3 * sum(kl) + 0.7 * sum(ref_kl)) / 6
     for eps, spread in ((None, 0.3), (0.1, 0.3), (0.01, 0.004)):
         L_new = (L_old + spread * randn(6, seed=1)).requires_grad_()
-        loss, metrics = vgrpo_loss(L_new, L_old, adv, eps, kl, 0.3, ref_kl, 0.7)
+        inputs = (L_new, L_old, adv, eps, kl, 0.3, ref_kl, 0.7)
+        loss, metrics = vgrpo_loss(*inputs)
+        expected = naive_loss(*inputs)
         (grad,) = torch.autograd.grad(loss, L_new)
-        expected = naive_loss(L_new, L_old, adv, eps, kl, 0.3, ref_kl, 0.7)
+        (expected_grad,) = torch.autograd.grad(expected, L_new)
         close(loss, expected, 1e-12, f"loss, clip {eps}")
-        close(grad, torch.autograd.grad(expected, L_new)[0], 1e-12, f"loss gradient, clip {eps}")
+        close(grad, expected_grad, 1e-12, f"loss gradient, clip {eps}")
         ratio = torch.exp(L_old - L_new.detach())
-        close(metrics["policy/ratio_max_dev"], (ratio - 1).abs().max(), 1e-12, "ratio_max_dev")
+        check_metrics(metrics, expected.detach(), penalty, ratio)
         outside = (ratio - 1).abs() > (eps or math.inf)
-        binding = outside & (((ratio > 1) & (adv > 0)) | ((ratio < 1) & (adv < 0)))
+        above = (ratio > 1) & (adv > 0)
+        below = (ratio < 1) & (adv < 0)
+        binding = outside & (above | below)
         close(metrics["policy/clip_frac"], binding.to(F64).mean(), 1e-12, "clip_frac")
-        close(metrics["policy/ratio_mean"], sum(ratio) / 6, 1e-12, "ratio_mean")
-        log_ratio = (L_old - L_new).detach()
-        close(metrics["policy/approx_kl"], sum(ratio - 1 - log_ratio) / 6, 1e-12, "approx_kl")
-        close(metrics["loss/total"], expected, 1e-12, "loss/total")
-        penalty = 0.3 * sum(kl) / 6 + 0.7 * sum(ref_kl) / 6
-        close(metrics["loss/kl"], penalty, 1e-12, "loss/kl")
-        close(metrics["loss/policy"], expected - penalty, 1e-12, "loss/policy")
 
 
 def test_maths_loss_equals_naive_loop():
-    """loss = -mean min(rho A, clip(rho) A) + mean(beta D + beta_ref D_ref), rho = e^(L_old - L)."""
+    """[V-GRPO, section 3; D: Eq. 16]   ratio = e^-L / e^-L_old
+    loss = -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + mean(beta D + beta_ref D_ref)"""
     check_loss(vgrpo.vgrpo_loss)
 
 
 def test_maths_on_policy_gradient_is_the_advantage_weighted_pretraining_gradient():
-    """grad J = -E[A grad L]; loss(A) = -loss(-A); A = 0 gives a zero gradient."""
-    model, data, adv = Linear(), problem(), randn(3, seed=9)
-    results = {}
-    for name, A in (("plus", adv), ("minus", -adv), ("zero", 0 * adv)):
-        L, _ = vgrpo.surrogate(model.velocity_fn(), *data)
-        loss, metrics = vgrpo.vgrpo_loss(L, L.detach(), A)
+    """grad J = -E[A grad L] at ratio = 1;  loss(A) = -loss(-A);  A = 0 gives a zero gradient."""
+    model = Linear()
+    velocity = model.velocity_fn()
+    data = problem()
+    adv = randn(3, seed=9)
+
+    def loss_and_gradient(adv):
+        L, _ = vgrpo.surrogate(velocity, *data)
+        loss, metrics = vgrpo.vgrpo_loss(L, L.detach(), adv)
         loss.backward()
-        results[name] = (loss.detach(), model.grads())
         assert metrics["policy/ratio_mean"] == 1 and metrics["policy/ratio_max_dev"] == 0
-    weighted = (adv * naive_surrogate(model.velocity_fn(), *data, "adaptive")).mean()
-    weighted.backward()
-    close(results["plus"][1], model.grads(), 1e-12, "on-policy gradient")
-    close(results["plus"][0], -results["minus"][0], 1e-15, "antisymmetry, loss")
-    close(results["plus"][1], -results["minus"][1], 1e-15, "antisymmetry, gradient")
-    assert (results["zero"][1] == 0).all()
+        return loss.detach(), model.grads()
+
+    loss, grad = loss_and_gradient(adv)
+    mirrored_loss, mirrored_grad = loss_and_gradient(-adv)
+    _, zero_grad = loss_and_gradient(0 * adv)
+    L, _ = naive_surrogate(velocity, *data, "adaptive")
+    (adv * L).mean().backward()
+    close(grad, model.grads(), 1e-12, "on-policy gradient")
+    close(loss, -mirrored_loss, 1e-15, "antisymmetry, loss")
+    close(grad, -mirrored_grad, 1e-15, "antisymmetry, gradient")
+    assert (zero_grad == 0).all()
 
 
 @pytest.mark.parametrize("eta", [0.5, 3.0])
 def test_maths_soft_clip(eta):
-    """A -> eta tanh(A / eta)."""
+    """[V-GRPO, Eq. 17]   A -> eta tanh(A / eta), within +-eta."""
     adv = torch.linspace(-50, 50, 101, dtype=F64)
-    expected = torch.tensor([eta * math.tanh(a / eta) for a in adv.tolist()], dtype=F64)
-    close(vgrpo.soft_clip(adv, eta), expected, 1e-14, "soft clip")
-    assert vgrpo.soft_clip(adv, eta).abs().max() <= eta
+    clipped = vgrpo.soft_clip(adv, eta)
+    expected = [eta * math.tanh(A / eta) for A in adv.tolist()]
+    close(clipped, expected, 1e-14, "soft clip")
+    assert largest(clipped) <= eta
 
 
 # -------------------------------------------------------------------------------------------- pairs
-
-
 def test_maths_stratified_pairs_have_one_timestep_per_chunk():
-    """t_j in chunk j of the grid, for every N <= T."""
+    """[V-GRPO, section 3]   t_j takes every value of the grid's j-th chunk of N, for any N <= T."""
     sigmas = vgrpo.sigma_grid(10, 3.0)
     for N in range(1, 11):
         t, noise = vgrpo.draw_pairs(sigmas, N, 50, 2, SHAPE, gen(N))
-        assert noise.shape == (100, N, *SHAPE) and (t > 0).all()
-        for j, chunk in enumerate(np.array_split(sigmas[:-1].numpy(), N)):
-            assert set(t[:, j].tolist()) == {float(x) for x in chunk}, (
-                "every value of the chunk, and no other"
-            )
+        assert noise.shape == (100, N, *SHAPE)
+        assert (t > 0).all()
+        chunks = np.array_split(sigmas[:-1].numpy(), N)
+        for j, chunk in enumerate(chunks):
+            drawn = set(t[:, j].tolist())
+            assert drawn == set(chunk.tolist()), "every value of the chunk, and no other"
 
 
 def test_maths_pairs_are_shared_within_a_group_only():
-    """(t, noise)_i = (t, noise)_i' if and only if i and i' are of one prompt."""
+    """[V-GRPO, section 3]   (t, noise)_i = (t, noise)_i' if and only if i and i' share a prompt."""
     sigmas = vgrpo.sigma_grid(10, 3.0)
-    t, noise = vgrpo.draw_pairs(sigmas, 4, 3, 5, SHAPE, gen())
-    t, noise = t.view(3, 5, 4), noise.view(3, 5, 4, *SHAPE)
-    assert (t == t[:, :1]).all() and (noise == noise[:, :1]).all()
+    N, P, G = 4, 3, 5
+    sizes = (N, P, G, SHAPE)
+    t, noise = vgrpo.draw_pairs(sigmas, *sizes, gen())
+    t = t.view(P, G, N)
+    noise = noise.view(P, G, N, *SHAPE)
+    assert (t == t[:, :1]).all()
+    assert (noise == noise[:, :1]).all()
     assert (noise[0] != noise[1]).any()
-    t, noise = vgrpo.draw_pairs(sigmas, 4, 3, 5, SHAPE, gen(), stratified=False, group_shared=False)
-    assert len({x.sum().item() for x in noise.flatten(0, 1)}) == 60
-    assert not all(len(set(row.tolist())) == 4 for row in t), "uniform draws repeat timesteps"
+    t, noise = vgrpo.draw_pairs(sigmas, *sizes, gen(), stratified=False, group_shared=False)
+    sums = {x.sum().item() for x in noise.flatten(0, 1)}
+    assert len(sums) == P * G * N, "every pair of every sample has its own noise"
+    timesteps = [len(set(row)) for row in t.tolist()]
+    assert min(timesteps) < N, "uniform draws repeat timesteps"
 
 
 def test_maths_permuting_a_group_permutes_the_surrogate_and_nothing_else():
-    """L(pi(x_0)) = pi(L(x_0)) on shared pairs."""
+    """[V-GRPO, section 3]   L(pi(x_0)) = pi(L(x_0)) on pairs that a group shares."""
+    sigmas = vgrpo.sigma_grid(10, 3.0).double()
     x_0, _, _ = problem(B=5)
-    t, noise = vgrpo.draw_pairs(vgrpo.sigma_grid(10, 3.0).double(), 4, 1, 5, SHAPE, gen())
+    t, noise = vgrpo.draw_pairs(sigmas, 4, 1, 5, SHAPE, gen())
     order = torch.tensor([3, 1, 4, 0, 2])
-    L, _ = vgrpo.surrogate(Linear().velocity_fn(), x_0, t, noise)
-    permuted, _ = vgrpo.surrogate(Linear().velocity_fn(), x_0[order], t, noise)
+    velocity = Linear().velocity_fn()
+    L, _ = vgrpo.surrogate(velocity, x_0, t, noise)
+    permuted, _ = vgrpo.surrogate(velocity, x_0[order], t, noise)
     close(permuted, L[order], 1e-14, "permuted group")
 
 
 # --------------------------------------------------------------------------------------- advantages
+def naive_advantage(rewards, weights, i, G, std, clamp):
+    """A of sample i, a reward at a time."""
+    first = i // G * G  # of the group of i
+    A = 0.0
+    for name, weight in weights.items():
+        values = rewards[name].tolist()
+        group = values[first : first + G]
+        pool = group if std == "group" else values
+        pool_mean = sum(pool) / len(pool)
+        variance = sum((R - pool_mean) ** 2 for R in pool) / len(pool)
+        scale = math.sqrt(variance) + 1e-4
+        A += weight * (values[i] - sum(group) / G) / scale
+    return max(-clamp, min(clamp, A))
 
 
 def check_advantages(group_advantages):
-    reward = {"a": randn(12, seed=1), "b": 100 * randn(12, seed=2), "log_only": randn(12, seed=3)}
+    a = randn(12, seed=1)
+    b = 100 * randn(12, seed=2)
+    rewards = {"a": a, "b": b, "log_only": randn(12, seed=3)}
     weights = {"a": 1.0, "b": 0.5, "log_only": 0.0}
+    total = a + 0.5 * b
     for std in ("group", "global"):
-        expected = []
-        for i in range(12):
-            total = 0.0
-            for name, weight in weights.items():
-                group = [reward[name][k].item() for k in range(i // 4 * 4, i // 4 * 4 + 4)]
-                pool = group if std == "group" else reward[name].tolist()
-                mean, centre = sum(pool) / len(pool), sum(group) / 4
-                total += (
-                    weight
-                    * (reward[name][i].item() - centre)
-                    / (math.sqrt(sum((x - mean) ** 2 for x in pool) / len(pool)) + 1e-4)
-                )
-            expected.append(max(-1.2, min(1.2, total)))
-        adv, metrics = group_advantages(reward, 4, weights, std, clamp=1.2)
-        close(adv, torch.tensor(expected, dtype=F64), 1e-12, f"advantages, {std} std")
-        close(
-            metrics["reward/mean"], (reward["a"] + 0.5 * reward["b"]).mean(), 1e-12, "reward/mean"
-        )
+        expected = [naive_advantage(rewards, weights, i, 4, std, 1.2) for i in range(12)]
+        adv, metrics = group_advantages(rewards, 4, weights, std, clamp=1.2)
+        close(adv, expected, 1e-12, f"advantages, {std} std")
+        close(metrics["reward/mean"], total.mean(), 1e-12, "reward/mean")
         assert {"reward/a", "reward/b", "reward/log_only", "reward/std"} <= metrics.keys()
 
 
 def test_maths_advantages_equal_naive_loop():
-    """A = sum_k w_k (R_k - mean_group R_k) / (std R_k + 1e-4), clamped."""
+    """A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped; a population std."""
     check_advantages(vgrpo.group_advantages)
 
 
 def test_maths_equal_rewards_give_exactly_zero():
-    """R_i = R for all i: A = 0, not NaN."""
-    rewards = {"a": torch.tensor([0.1] * 3 + [0.0, 0.5, 1.0])}
+    """R_i = R for all i of a group: A = 0, not NaN."""
+    rewards = {"a": torch.tensor([0.1, 0.1, 0.1, 0.0, 0.5, 1.0])}
     adv, metrics = vgrpo.group_advantages(rewards, 3, {"a": 1.0})
-    assert (
-        (adv[:3] == 0).all()
-        and (adv[3:] != 0).any()
-        and metrics["advantage/zero_std_groups"] == 0.5
-    )
-    adv, _ = vgrpo.group_advantages({"a": torch.full((8,), 0.3)}, 4, {"a": 1.0}, "global")
+    assert (adv[:3] == 0).all()
+    assert (adv[3:] != 0).any()
+    assert metrics["advantage/zero_std_groups"] == 0.5
+    equal = {"a": torch.full((8,), 0.3)}
+    adv, _ = vgrpo.group_advantages(equal, 4, {"a": 1.0}, "global")
     assert (adv == 0).all()
 
 
 # ----------------------------------------------------------------------------------------- samplers
+def diffusers_dpm2(velocity, x, steps, shift):
+    """sigmas and x_0 of diffusers' DPMSolverMultistepScheduler in its flow configuration."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    method = dict(algorithm_type="dpmsolver++", solver_order=2)
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler = DPMSolverMultistepScheduler(**method, **flow)
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.double()
+    sigmas[0] = 1.0  # the scheduler's own is 0.999 or 1, by its training grid
+    scheduler.sigmas = sigmas.clone()
+    for i, timestep in enumerate(scheduler.timesteps):
+        v = velocity(x, sigmas[i])
+        x = scheduler.step(v, timestep, x, return_dict=False)[0].double()
+    return sigmas, x
 
 
 def check_dpm2(ode_sample):
-    """Against diffusers' DPMSolverMultistepScheduler in its flow configuration, on a non-linear
-    velocity.
-    """
-    from diffusers import DPMSolverMultistepScheduler
-
     def velocity(x, t):
         return torch.sin(x) * (1 + t) + 0.5 * x
 
     for steps, shift in ((2, 1.0), (5, 3.0), (10, 3.0), (20, 1.5)):
-        scheduler = DPMSolverMultistepScheduler(
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=shift,
-        )
-        scheduler.set_timesteps(steps)
-        sigmas = scheduler.sigmas.double()
-        sigmas[0] = (
-            # the scheduler starts at 0.999 or 1 depending on its training grid; both start at 1
-            # here
-            1.0
-        )
-        scheduler.sigmas = sigmas.clone()
-        x = expected = randn(2, *SHAPE)
-        for i, t in enumerate(scheduler.timesteps):
-            expected = scheduler.step(
-                velocity(expected, sigmas[i]), t, expected, return_dict=False
-            )[0].double()
-        close(ode_sample(velocity, x, sigmas, "dpm2"), expected, 1e-5, f"dpm2, {steps} steps")
+        x = randn(2, *SHAPE)
+        sigmas, expected = diffusers_dpm2(velocity, x, steps, shift)
+        x_0 = ode_sample(velocity, x, sigmas, "dpm2")
+        close(x_0, expected, 1e-5, f"dpm2, {steps} steps")
 
 
 def test_maths_dpm2_equals_diffusers():
-    """x_0 = that of diffusers' DPMSolverMultistepScheduler on flow sigmas, for any velocity."""
+    """[DPM-Solver++(2M), arXiv 2211.01095]   x_0 = that of diffusers' scheduler, v not linear."""
     check_dpm2(vgrpo.ode_sample)
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("dpm2", 2)])
 def test_maths_solvers_converge_to_the_gaussian_flow(solver, order):
-    """v*: x_0 = m + s noise; error(h / 2) / error(h) = 2^-order."""
-    m, s, x = 0.7, 0.5, randn(64, *SHAPE)
+    """v*: x_0 = m + s noise as h -> 0;  error(h / 2) / error(h) = 2^-order."""
+    m, s = 0.7, 0.5
+    velocity = gaussian_velocity(m, s)
+    noise = randn(64, *SHAPE)
     errors = []
     for steps in (64, 128):
-        x_0 = vgrpo.ode_sample(
-            gaussian_velocity(m, s), x, vgrpo.sigma_grid(steps, 1.0).double(), solver
-        )
-        errors.append((x_0 - (m + s * x)).abs().max().item())
-    print(f"{solver}: errors {errors}")
-    assert errors[1] < 0.03 and errors[0] / errors[1] > 0.8 * 2**order
-    assert abs(x_0.mean().item() - m) < 0.05 and abs(x_0.std().item() - s) < 0.02
+        sigmas = vgrpo.sigma_grid(steps, 1.0).double()
+        x_0 = vgrpo.ode_sample(velocity, noise, sigmas, solver)
+        errors.append(largest(x_0 - (m + s * noise)))
+    coarse, fine = errors
+    print(f"{solver}: errors {coarse}, {fine}")
+    assert fine < 0.03 and coarse / fine > 0.8 * 2**order
+    assert abs(x_0.mean().item() - m) < 0.05
+    assert abs(x_0.std().item() - s) < 0.02
 
 
 def test_maths_sigma_grid():
-    """sigma = k s / (1 + (k - 1) s), s = 1, 1 - 1/T, ..., 0."""
+    """[SD3, arXiv 2403.03206, Eq. 23]   sigma = k s / (1 + (k - 1) s),  s = 1, 1 - 1/T, ..., 0"""
     for steps, shift in ((1, 1.0), (10, 3.0), (40, 0.5)):
         grid = vgrpo.sigma_grid(steps, shift)
-        assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
-    close(vgrpo.sigma_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]), 1e-6, "grid, shift 3")
+        assert len(grid) == steps + 1
+        assert grid[0] == 1 and grid[-1] == 0
+        assert (grid.diff() < 0).all()
+    close(vgrpo.sigma_grid(4, 3.0), [1, 0.9, 0.75, 0.5, 0], 1e-6, "grid, shift 3")
 
 
 # ---------------------------------------------------------------------------------------- mutations
-
-
 MUTATIONS = [
     (check_surrogate, vgrpo.surrogate, "z_t - t_j * v", "z_t + t_j * v"),
     (check_surrogate, vgrpo.surrogate, "error.square().mean(dim=1)", "error.square().sum(dim=1)"),
@@ -506,317 +548,346 @@ MUTATIONS = [
 def test_mutations_are_caught(check, function, old, new):
     """A wrong sign, sum or denominator in a V-GRPO function fails its check."""
     broken = mutant(function, old, new)
-
     with pytest.raises(Exception):  # noqa: B017
         check(broken)
 
 
 # ---------------------------------------------------------------------------------------- Pave-GRPO
-
-
 class Curved(Linear):
-    """A velocity that is not linear in x: tanh(W x) + t b per pixel."""
+    """A velocity that is not linear in x: v(x, t) = tanh(W x) + t b at every pixel."""
 
-    def velocity_fn(self, lines=None, initial=False):
-        W, b = self.initial if initial else self.parameters
-
-        def velocity(x, t):
-            field = torch.tanh(torch.einsum("ij,bjhw->bihw", W, x))
-            return field + t.expand(len(x)).view(-1, 1, 1, 1) * b.view(1, -1, 1, 1)
-
-        return velocity
+    def curve(self, Wx):
+        return torch.tanh(Wx)
 
 
+KINDS = ("flow", "cps")
 GRID = pave_grpo.sigma_grid(6, 3.0).double()
 
 
 def naive_step(x, v, s, s_next, eta, s_1, kind):
-    """One step of one sample in another form: flow as the drift of its SDE, cps by its two
-    predictions.
-    """
-    s, s_next, dt = float(s), float(s_next), float(s_next) - float(s)
+    """mean and std of one step of one or more samples: see test_maths_sde_step_equals_its_sde."""
+    s, s_next = float(s), float(s_next)
+    x1_hat = x + (1 - s) * v
     if kind == "flow":
-        g2 = eta**2 * s / (1 - (float(s_1) if s == 1 else s))
-        return x + (v + g2 / (2 * s) * (x + (1 - s) * v)) * dt, math.sqrt(g2 * -dt)
+        dt = s_next - s
+        finite = float(s_1) if s == 1 else s
+        g2 = eta**2 * s / (1 - finite)
+        drift = v + g2 / (2 * s) * x1_hat
+        return x + drift * dt, math.sqrt(g2 * -dt)
+    x0_hat = x - s * v
     std = s_next * math.sin(eta * math.pi / 2)
-    return (1 - s_next) * (x - s * v) + math.sqrt(s_next**2 - std**2) * (x + (1 - s) * v), std
+    mean = (1 - s_next) * x0_hat + math.sqrt(s_next**2 - std**2) * x1_hat
+    return mean, std
 
 
 def naive_transition(velocity, x, k, i, eta, kind):
-    """mean and std of the k-step transition i of the samples of x, one by one, sub-step by
-    sub-step.
-    """
-    means, h = [], (GRID[i + 1] - GRID[i]) / k
+    """mean and std of the k-step transition i, a sample of x and a sub-step at a time."""
+    sigma, sigma_next = GRID[i : i + 2]
+    h = (sigma_next - sigma) / k
+    last = sigma + (k - 1) * h  # where the stochastic sub-step begins
+    means = []
     for y in x:
         for j in range(k - 1):
-            y = y + h * velocity(y[None], GRID[i] + j * h)[0]
-        s = GRID[i] + (k - 1) * h
-        mean, std = naive_step(y, velocity(y[None], s)[0], s, GRID[i + 1], eta, GRID[1], kind)
+            y = y + h * velocity(y[None], sigma + j * h)[0]
+        v = velocity(y[None], last)[0]
+        mean, std = naive_step(y, v, last, sigma_next, eta, GRID[1], kind)
         means.append(mean)
     return torch.stack(means), std
 
 
 def check_sde_step(sde_step):
-    for kind, i in itertools.product(("flow", "cps"), range(5)):
-        x, v = randn(3, *SHAPE, seed=i), randn(3, *SHAPE, seed=i + 9)
-        expected, expected_std = naive_step(x, v, GRID[i], GRID[i + 1], 0.8, GRID[1], kind)
-        mean, std = sde_step(x, v, GRID[i], GRID[i + 1], 0.8, GRID[1], kind)
+    for kind, i in itertools.product(KINDS, range(5)):
+        x = randn(3, *SHAPE, seed=i)
+        v = randn(3, *SHAPE, seed=i + 9)
+        sigma, sigma_next = GRID[i : i + 2]
+        inputs = (x, v, sigma, sigma_next, 0.8, GRID[1], kind)
+        mean, std = sde_step(*inputs)
+        expected, expected_std = naive_step(*inputs)
         close(mean, expected, 1e-12, f"mean of the {kind} step {i}")
         close(std, expected_std, 1e-12, "its std")
 
 
 def check_logp(gaussian_logp):
-    x, mean, std = randn(3, *SHAPE), randn(3, *SHAPE, seed=1), torch.tensor(0.3, dtype=F64)
-    expected = torch.distributions.Normal(mean, std).log_prob(x).flatten(1).mean(dim=1)
+    x = randn(3, *SHAPE)
+    mean = randn(3, *SHAPE, seed=1)
+    std = torch.tensor(0.3, dtype=F64)
+    density = torch.distributions.Normal(mean, std).log_prob(x)
+    expected = density.flatten(1).mean(dim=1)
     close(gaussian_logp(x, mean, std), expected, 1e-12, "log-density")
 
 
-def check_transitions(decomposed_transitions):
-    """Batched over k, values and gradients equal sub-step by sub-step loops."""
+def gradient_of_means(model, transitions):
+    """d/d(W, b) of all means, each under random weights of its own."""
     weights = randn(5, *SHAPE, seed=4)
-    for kind, splits, i in itertools.product(("flow", "cps"), ((), (2,), (2, 3), (4, 2)), (0, 2)):
-        model, x = Curved(), randn(3, *SHAPE)
-        found = decomposed_transitions(
-            model.velocity_fn(), x, *GRID[i : i + 2], splits, 0.7, GRID[1], kind
-        )
-        sum((mean * w).sum() for (mean, _), w in zip(found, weights, strict=False)).backward()
-        gradient = model.grads()
-        expected = [naive_transition(model.velocity_fn(), x, k, i, 0.7, kind) for k in (1, *splits)]
-        sum((mean * w).sum() for (mean, _), w in zip(expected, weights, strict=False)).backward()
-        for (mean, std), (mean_k, std_k), k in zip(found, expected, (1, *splits), strict=True):
+    total = 0.0
+    for j, (mean, _) in enumerate(transitions):
+        total = total + (mean * weights[j]).sum()
+    total.backward()
+    return model.grads()
+
+
+def check_transitions(decomposed_transitions):
+    sets = ((), (2,), (2, 3), (4, 2))
+    for kind, splits, i in itertools.product(KINDS, sets, (0, 2)):
+        model = Curved()
+        velocity = model.velocity_fn()
+        x_t = randn(3, *SHAPE)
+        step = (x_t, GRID[i], GRID[i + 1])
+        found = decomposed_transitions(velocity, *step, splits, 0.7, GRID[1], kind)
+        expected = []
+        for k, (mean, std) in zip((1, *splits), found, strict=True):
+            mean_k, std_k = naive_transition(velocity, x_t, k, i, 0.7, kind)
+            expected.append((mean_k, std_k))
             close(mean, mean_k, 1e-12, f"{kind} mean of k = {k}")
             close(std, std_k, 1e-12, "its std")
-        close(gradient, model.grads(), 1e-11, f"gradient through all evaluations, S = {splits}")
+        gradient = gradient_of_means(model, found)
+        expected_gradient = gradient_of_means(model, expected)
+        close(gradient, expected_gradient, 1e-11, f"gradient through all evaluations, S = {splits}")
 
 
 def test_maths_sde_step_equals_its_sde():
-    """mean = x + (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dt, std = g sqrt(-dt); cps likewise."""
+    """flow, as the drift of its SDE: mean = x + (v + g^2 / (2 s) x1_hat) dt,  std = g sqrt(-dt),
+    g^2 = eta^2 s / (1 - s), with s_1 for s = 1 in the denominator   [Flow-GRPO, arXiv 2505.05470]
+    cps, by its two predictions: mean = (1 - s_next) x0_hat + sqrt(s_next^2 - std^2) x1_hat,
+    std = s_next sin(eta pi / 2)   [Flow-CPS, arXiv 2509.05952]"""
     check_sde_step(pave_grpo.sde_step)
 
 
 def test_maths_logp_equals_torch_distributions():
-    """logp = mean_d log N(x; mean, std^2)."""
+    """[Pave-GRPO, Alg. 1]   logp = mean_d log N(x; mean, std^2)"""
     check_logp(pave_grpo.gaussian_logp)
 
 
 def test_maths_transitions_equal_naive_loops():
-    """p^(k) = k - 1 Euler sub-steps, then one stochastic: batched over k = one by one."""
+    """[Pave-GRPO, Eq. 9]   h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h), j < k - 1;
+    p^(k) = the step from y_k-1: all k at once as each k and sample alone, value and gradient."""
     check_transitions(pave_grpo.decomposed_transitions)
 
 
 def test_maths_constant_velocity_telescopes():
-    """v constant: y_k-1 = x_t + (k - 1) h v; cps: mean and std the same for every k."""
-    v, x = randn(*SHAPE, seed=3), randn(2, *SHAPE)
+    """[Pave-GRPO, Eq. 9]   v constant: y_k-1 = x_t + (k - 1) h v;  cps: the same mean, std."""
+    v = randn(*SHAPE, seed=3)
+    x_t = randn(2, *SHAPE)
+
+    def constant(x, t):
+        return v.expand_as(x)
+
     for i, k in itertools.product(range(5), (2, 3, 7)):
-        found = pave_grpo.decomposed_transitions(
-            lambda x, t: v.expand_as(x), x, *GRID[i : i + 2], (k,), 0.6, GRID[1], "cps"
-        )
-        close(found[1][0], found[0][0], 1e-12, f"cps mean of k = {k}")
-        close(found[1][1], found[0][1], 1e-12, "cps std")
-        h = (GRID[i + 1] - GRID[i]) / k
-        flow = pave_grpo.decomposed_transitions(
-            lambda x, t: v.expand_as(x), x, *GRID[i : i + 2], (k,), 0.6, GRID[1]
-        )
-        expected, _ = naive_step(
-            x + (k - 1) * h * v, v, GRID[i] + (k - 1) * h, GRID[i + 1], 0.6, GRID[1], "flow"
-        )
-        close(flow[1][0], expected, 1e-12, "flow mean")
+        sigma, sigma_next = GRID[i : i + 2]
+        inputs = (constant, x_t, sigma, sigma_next, (k,), 0.6, GRID[1])
+        (mean_1, std_1), (mean_k, std_k) = pave_grpo.decomposed_transitions(*inputs, "cps")
+        close(mean_k, mean_1, 1e-12, f"cps mean of k = {k}")
+        close(std_k, std_1, 1e-12, "cps std")
+        _, (mean_k, _) = pave_grpo.decomposed_transitions(*inputs)
+        h = (sigma_next - sigma) / k
+        y = x_t + (k - 1) * h * v
+        last = sigma + (k - 1) * h
+        expected, _ = naive_step(y, v, last, sigma_next, 0.6, GRID[1], "flow")
+        close(mean_k, expected, 1e-12, "flow mean")
 
 
-@pytest.mark.parametrize("kind", ["flow", "cps"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_maths_without_noise_means_are_euler_solutions_of_first_order(kind):
-    """eta -> 0, v = B x: mean = (I + h B)^k x -> exp(B dt) x as k -> inf."""
-    B, x = 0.5 * randn(SHAPE[0], SHAPE[0]), randn(2, *SHAPE)
-    apply = lambda A, x: torch.einsum("ij,bjhw->bihw", A, x)  # noqa: E731
-    dt, errors = (GRID[3] - GRID[2]).item(), []
+    """[Pave-GRPO, Eq. 9]   v = B x, eta -> 0: mean = (I + h B)^k x = e^(B dt) x + O(1 / k)."""
+    B = 0.5 * randn(SHAPE[0], SHAPE[0])
+    identity = torch.eye(len(B), dtype=F64)
+    x = randn(2, *SHAPE)
+    sigma, sigma_next = GRID[2:4]
+    dt = sigma_next - sigma
+    exact = channels(torch.matrix_exp(dt * B), x)
+
+    def velocity(x, t):
+        return channels(B, x)
+
+    errors = []
     for k in (16, 32):
-        found = pave_grpo.decomposed_transitions(
-            lambda x, t: apply(B, x), x, *GRID[2:4], (k,), 1e-7, GRID[1], kind
-        )
-        product = torch.linalg.matrix_power(torch.eye(len(B), dtype=F64) + dt / k * B, k)
-        close(found[1][0], apply(product, x), 1e-6, f"{k} Euler steps")
-        errors.append((found[1][0] - apply(torch.matrix_exp(dt * B), x)).abs().max().item())
+        inputs = (velocity, x, sigma, sigma_next, (k,), 1e-7, GRID[1], kind)
+        _, (mean, _) = pave_grpo.decomposed_transitions(*inputs)
+        euler = torch.linalg.matrix_power(identity + dt / k * B, k)
+        close(mean, channels(euler, x), 1e-6, f"{k} Euler steps")
+        errors.append(largest(mean - exact))
     assert 1.8 < errors[0] / errors[1] < 2.2, errors
 
 
 def test_maths_gradient_is_the_product_rule_and_the_average_velocity_reaches_y():
-    """v = B x, k = 3: d mean / dB by the product rule; x_t + (k - 1) h v_avg = y_k-1."""
-    B, x, k, eta = (0.5 * randn(SHAPE[0], SHAPE[0])).requires_grad_(), randn(1, *SHAPE), 3, 0.5
-    (sigma, sigma_next), weight, seen = GRID[2:4], randn(1, *SHAPE, seed=5), []
+    """[Pave-GRPO, Eq. 9]   v = B x, k = 3, cps, A = I + h B, M = on_y I + on_v B:  y_2 = A A x,
+    mean = M A A x,  d mean = on_v dB A A x + M h dB A x + M A h dB x;
+    average velocity (y_k-1 - x_t) / ((k - 1) h) = mean of v over the Euler sub-steps."""
+    k, eta = 3, 0.5
+    sigma, sigma_next = GRID[2:4]
+    B = (0.5 * randn(SHAPE[0], SHAPE[0])).requires_grad_()
+    x = randn(1, *SHAPE)
+    weight = randn(1, *SHAPE, seed=5)
+    seen = []  # what the network is given
 
     def velocity(x, t):
         seen.append(x)
-        return torch.einsum("ij,bjhw->bihw", B, x)
+        return channels(B, x)
 
-    mean, std = pave_grpo.decomposed_transitions(
-        velocity, x, sigma, sigma_next, (k,), eta, GRID[1], "cps"
-    )[1]
+    inputs = (velocity, x, sigma, sigma_next, (k,), eta, GRID[1], "cps")
+    _, (mean, _) = pave_grpo.decomposed_transitions(*inputs)
     (mean * weight).sum().backward()
-    h, A, X = (
-        (sigma_next - sigma) / k,
-        torch.eye(len(B), dtype=F64) + (sigma_next - sigma) / k * B.detach(),
-        x[0].flatten(1),
-    )
-    s, root = sigma + (k - 1) * h, (sigma_next**2 - std**2).sqrt()
-    on_y, on_v = (
-        1 - sigma_next + root,
-        -(1 - sigma_next) * s + root * (1 - s),
-    )  # mean = on_y y + on_v B y, y = A^2 x
-    last, w = on_y * torch.eye(len(B), dtype=F64) + on_v * B.detach(), weight[0].flatten(1)
-    terms = [on_v * w @ (A @ A @ X).T, h * last.T @ w @ (A @ X).T, h * A.T @ last.T @ w @ X.T]
-    close(B.grad, sum(terms), 1e-12, "product rule over three evaluations")
-    assert all(term.abs().max() > 1e-3 * B.grad.abs().max() for term in terms), "each link matters"
-    y_1, y_2 = seen[1:]
+    _, y_1, y_2 = seen
+    h = (sigma_next - sigma) / k
+    identity = torch.eye(len(B), dtype=F64)
+    A = identity + h * B.detach()
+    X = x[0].flatten(1)
+    w = weight[0].flatten(1)
+    s = sigma + (k - 1) * h
+    rest = sigma_next * math.cos(eta * math.pi / 2)  # sqrt(sigma_next^2 - std^2)
+    on_y = (1 - sigma_next) + rest
+    on_v = rest * (1 - s) - (1 - sigma_next) * s
+    M = on_y * identity + on_v * B.detach()
+    third = on_v * w @ (A @ A @ X).T
+    second = h * M.T @ w @ (A @ X).T
+    first = h * A.T @ M.T @ w @ X.T
+    close(B.grad, first + second + third, 1e-12, "product rule over three evaluations")
+    for term in (first, second, third):
+        assert largest(term) > 1e-3 * largest(B.grad), "each link matters"
     close(y_2[0].flatten(1), A @ A @ X, 1e-12, "y_2 = (I + h B)^2 x")
     average = (y_2 - x) / ((k - 1) * h)
-    close(
-        average,
-        (velocity(x, 0) + velocity(y_1, 0)) / 2,
-        1e-12,
-        "average velocity = mean of the two evaluations",
-    )
+    expected = (velocity(x, 0) + velocity(y_1, 0)) / 2
+    close(average, expected, 1e-12, "average velocity = mean of the two evaluations")
 
 
-@pytest.mark.parametrize("kind", ["flow", "cps"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_maths_sde_rollout_keeps_the_gaussian_marginals(kind):
-    """v*: x_0 ~ N(m, s^2) by SDE as by ODE; x_s - mean ~ N(0, std^2)."""
-    m, s, T = 0.7, 0.5, 100
-    grid, steps = pave_grpo.sigma_grid(T, 1.0).double(), list(range(T - 1))
-    velocity, noise = gaussian_velocity(m, s), randn(200, T - 1, 1, *SHAPE)
-    x_0, x_t, x_s = pave_grpo.sde_rollout(
-        velocity, randn(200, *SHAPE, seed=1), grid, steps, noise, 0.3, kind
-    )
-    assert abs(x_0.mean().item() - m) < 0.02 and abs(x_0.std().item() / s - 1) < 0.05, (
-        x_0.mean(),
-        x_0.std(),
-    )
-    assert x_t.shape == (200, T - 1, *SHAPE) and x_s.shape == (200, T - 1, 1, *SHAPE)
+    """[Pave-GRPO, Eq. 2, 3]   v*: x_0 ~ N(m, s^2) as by the ODE;  (x_s - mean) / std ~ N(0, 1)"""
+    m, s = 0.7, 0.5
+    B, T = 200, 100
+    velocity = gaussian_velocity(m, s)
+    grid = pave_grpo.sigma_grid(T, 1.0).double()
+    steps = list(range(T - 1))
+    x = randn(B, *SHAPE, seed=1)
+    noise = randn(B, T - 1, 1, *SHAPE)
+    x_0, x_t, x_s = pave_grpo.sde_rollout(velocity, x, grid, steps, noise, 0.3, kind)
+    assert abs(x_0.mean().item() - m) < 0.02, x_0.mean()
+    assert abs(x_0.std().item() / s - 1) < 0.05, x_0.std()
+    assert x_t.shape == (B, T - 1, *SHAPE)
+    assert x_s.shape == (B, T - 1, 1, *SHAPE)
     close(x_t[:, 1:], x_s[:, :-1, 0], 0, "states follow each other")
     for i in (0, 40, 98):
-        mean, std = naive_step(
-            x_t[:, i], velocity(x_t[:, i], grid[i]), grid[i], grid[i + 1], 0.3, grid[1], kind
-        )
+        sigma, sigma_next = grid[i : i + 2]
+        v = velocity(x_t[:, i], sigma)
+        mean, std = naive_step(x_t[:, i], v, sigma, sigma_next, 0.3, grid[1], kind)
         z = (x_s[:, i, 0] - mean) / std
-        assert abs(z.mean().item()) < 0.05 and abs(z.std().item() - 1) < 0.05
+        assert abs(z.mean().item()) < 0.05
+        assert abs(z.std().item() - 1) < 0.05
 
 
 def prompted(c):
-    """A velocity that depends on its prompt, as Model.velocity_fn does: c (B,) repeated for n B
-    samples.
-    """
-    return lambda x, t: (
-        torch.sin(x) * c.repeat(len(x) // len(c)).view(-1, 1, 1, 1)
-        + t.expand(len(x)).view(-1, 1, 1, 1)
-    )
+    """v(x, t) = c sin(x) + t.   c: (B,), one a prompt, repeated for n B samples as Model does"""
+
+    def velocity(x, t):
+        repeated = c.repeat(len(x) // len(c))
+        return per_sample(repeated, x) * torch.sin(x) + per_sample(t, x)
+
+    return velocity
+
+
+def naive_ode(velocity, y, first, last):
+    """y at GRID[last] from y at GRID[first], by Euler's method."""
+    for i in range(first, last):
+        dt = GRID[i + 1] - GRID[i]
+        y = y + dt * velocity(y, GRID[i])
+    return y
 
 
 def test_maths_rollouts_equal_loops_sample_by_sample():
-    """x_0, x_t, x_s of a batch = those of each sample alone."""
-    c, steps, P, G, T = torch.tensor([0.5, -1.0], dtype=F64), [3, 1], 2, 3, 6
-    x, noise = randn(P, *SHAPE, seed=1), randn(P, len(steps), G, *SHAPE, seed=2)
-    x_0, x_t, x_s = pave_grpo.branch_rollout(prompted(c), x, GRID, steps, noise, 0.7, "flow")
+    """[Pave-GRPO, Eq. 2, 3]   x_s = mean + std noise at sde_steps, x + dt v elsewhere: x_0, x_t
+    and x_s of a batch are those of each sample alone."""
+    c = torch.tensor([0.5, -1.0], dtype=F64)
+    steps = [3, 1]
+    P, G, T = 2, 3, 6
+    x = randn(P, *SHAPE, seed=1)
+    noise = randn(P, len(steps), G, *SHAPE, seed=2)
 
-    def walk(v, y, i, stop):
-        for j in range(i, stop):
-            y = y + (GRID[j + 1] - GRID[j]) * v(y, GRID[j])
-        return y
+    def step(y, v, i):
+        return naive_step(y, v, GRID[i], GRID[i + 1], 0.7, GRID[1], "flow")
 
+    inputs = (prompted(c), x, GRID, steps)
+    x_0, x_t, x_s = pave_grpo.branch_rollout(*inputs, noise, 0.7, "flow")
     for p, (k, i), g in itertools.product(range(P), enumerate(steps), range(G)):
-        v = prompted(c[p : p + 1])
-        y = walk(v, x[p : p + 1], 0, i)
+        velocity = prompted(c[p : p + 1])
+        y = naive_ode(velocity, x[p : p + 1], 0, i)
+        mean, std = step(y, velocity(y, GRID[i]), i)
+        after = mean + std * noise[p, k, g]
+        end = naive_ode(velocity, x_s[p, k, g][None], i + 1, T)
         close(x_t[p, k], y[0], 1e-12, "the shared path")
-        mean, std = naive_step(y, v(y, GRID[i]), GRID[i], GRID[i + 1], 0.7, GRID[1], "flow")
-        close(x_s[p, k, g], (mean + std * noise[p, k, g])[0], 1e-12, "the stochastic step")
-        close(
-            x_0[p, k, g], walk(v, x_s[p, k, g][None], i + 1, T)[0], 1e-12, "the end of the branch"
-        )
-    x_0, x_t, x_s = pave_grpo.sde_rollout(prompted(c), x, GRID, steps, noise[:, :, :1], 0.7, "flow")
+        close(x_s[p, k, g], after[0], 1e-12, "the stochastic step")
+        close(x_0[p, k, g], end[0], 1e-12, "the end of the branch")
+
+    x_0, x_t, x_s = pave_grpo.sde_rollout(*inputs, noise[:, :, :1], 0.7, "flow")
     y = x
     for i in range(T):
-        v = prompted(c)(y, GRID[i])
-        if i in steps:
-            k = steps.index(i)
-            close(x_t[:, k], y, 1e-12, "x_t of a path")
-            mean, std = naive_step(y, v, GRID[i], GRID[i + 1], 0.7, GRID[1], "flow")
-            y = mean + std * noise[:, k, 0]
-            close(x_s[:, k, 0], y, 1e-12, "x_s of a path")
-        else:
-            y = y + (GRID[i + 1] - GRID[i]) * v
+        if i not in steps:
+            y = naive_ode(prompted(c), y, i, i + 1)
+            continue
+        k = steps.index(i)
+        close(x_t[:, k], y, 1e-12, "x_t of a path")
+        mean, std = step(y, prompted(c)(y, GRID[i]), i)
+        y = mean + std * noise[:, k, 0]
+        close(x_s[:, k, 0], y, 1e-12, "x_s of a path")
     close(x_0, y, 1e-12, "the end of a path")
 
 
+def naive_pave_loss(logp_new, logp_old, adv, eps, kl, beta):
+    """The loss of Pave-GRPO, all its ratios and how many of them the clip binds."""
+    total, clipped, ratios = 0.0, 0, []
+    for b in range(len(adv)):
+        A = adv[b].item()
+        J = []
+        for k in range(len(logp_new)):
+            ratio = math.exp(logp_new[k, b] - logp_old[k, b])
+            bounded = max(1 - eps, min(1 + eps, ratio)) if eps else ratio
+            clipped += bounded * A < ratio * A
+            ratios.append(ratio)
+            J.append(min(ratio * A, bounded * A))
+        total += beta * kl[b].item() - J[0]
+        if J[1:]:
+            total -= sum(J[1:]) / len(J[1:])
+    return total / len(adv), torch.tensor(ratios, dtype=F64), clipped
+
+
 def check_pave_loss(pave_loss):
-    new, adv, kl = 0.1 * randn(3, 8), randn(8, seed=2), randn(8, seed=3) ** 2
-    old = new + 0.1 * randn(3, 8, seed=1)
+    logp_new = 0.1 * randn(3, 8)
+    logp_old = logp_new + 0.1 * randn(3, 8, seed=1)
+    adv = randn(8, seed=2)
+    kl = randn(8, seed=3) ** 2
     for rows, eps, beta in ((3, 0.05, 0.7), (1, None, 0.0), (2, 0.03, 0.1)):
-        total, clipped, ratios, penalties = 0.0, 0, [], 0.0
-        for b in range(8):
-            J = []
-            for k in range(rows):
-                ratio, A = math.exp(new[k, b] - old[k, b]), adv[b].item()
-                ratios.append(ratio)
-                bounded = max(1 - eps, min(1 + eps, ratio)) if eps else ratio
-                J.append(min(ratio * A, bounded * A))
-                clipped += bounded * A < ratio * A
-            penalties += beta * kl[b].item() / 8
-            total += -J[0] - (sum(J[1:]) / len(J[1:]) if rows > 1 else 0) + beta * kl[b].item()
-        loss, metrics = pave_loss(new[:rows], old[:rows], adv, eps, kl, beta)
-        close(loss, torch.tensor(total / 8, dtype=F64), 1e-12, f"loss, {rows} rows")
-        assert round(metrics["policy/clip_frac"].item() * 8 * rows) == clipped > 0 or not eps
-        ratios = torch.tensor(ratios, dtype=F64)
-        close(metrics["loss/total"], total / 8, 1e-12, "loss/total")
-        close(metrics["loss/kl"], penalties, 1e-12, "loss/kl")
-        close(metrics["loss/policy"], total / 8 - penalties, 1e-12, "loss/policy")
-        close(metrics["policy/ratio_mean"], sum(ratios) / len(ratios), 1e-12, "ratio_mean")
-        close(metrics["policy/ratio_max_dev"], max(abs(ratios - 1)), 1e-12, "ratio_max_dev")
-        approx_kl = sum(ratios - 1 - ratios.log()) / len(ratios)
-        close(metrics["policy/approx_kl"], approx_kl, 1e-12, "approx_kl")
+        inputs = (logp_new[:rows], logp_old[:rows], adv, eps, kl, beta)
+        loss, metrics = pave_loss(*inputs)
+        expected, ratio, clipped = naive_pave_loss(*inputs)
+        close(loss, expected, 1e-12, f"loss, {rows} rows")
+        check_metrics(metrics, expected, beta * sum(kl) / 8, ratio)
+        assert round(metrics["policy/clip_frac"].item() * len(ratio)) == clipped
+        assert clipped > 0 or not eps
 
 
 def test_maths_pave_loss_equals_naive_loop():
-    """loss = -(J_1 + mean_k J_k) + beta mean KL, J_k = mean min(ratio_k A, clip(ratio_k) A)."""
+    """[Pave-GRPO, Eq. 10, Alg. 1]   ratio_k = p_theta^(k) / p_old^(k)
+    J_k = mean min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A)
+    loss = -(J_1 + mean_{k in S} J_k) + beta mean KL"""
     check_pave_loss(pave_grpo.pave_loss)
 
 
+SDE_STEP = (check_sde_step, pave_grpo.sde_step)
+TRANSITIONS = (check_transitions, pave_grpo.decomposed_transitions)
+PAVE_LOSS = (check_pave_loss, pave_grpo.pave_loss)
 PAVE_MUTATIONS = [
-    (check_sde_step, pave_grpo.sde_step, "v * (dt + drift", "v * (dt - drift"),
-    (
-        check_sde_step,
-        pave_grpo.sde_step,
-        "torch.where(sigma == 1, torch.as_tensor(sigma_1), sigma)",
-        "sigma",
-    ),
-    (check_sde_step, pave_grpo.sde_step, "(sigma_next**2 - std**2).sqrt()", "sigma_next"),
+    (*SDE_STEP, "v * (dt + drift", "v * (dt - drift"),
+    (*SDE_STEP, "torch.where(sigma == 1, torch.as_tensor(sigma_1), sigma)", "sigma"),
+    (*SDE_STEP, "(sigma_next**2 - std**2).sqrt()", "sigma_next"),
     (check_logp, pave_grpo.gaussian_logp, ".mean(1)", ".sum(1)"),
     (check_logp, pave_grpo.gaussian_logp, "(2 * std**2)", "std**2"),
-    (check_transitions, pave_grpo.decomposed_transitions, "y[k] + dt / k * v_k", "y[k] + dt * v_k"),
-    (
-        check_transitions,
-        pave_grpo.decomposed_transitions,
-        "y[k] + dt / k * v_k",
-        "y[k].detach() + dt / k * v_k",
-    ),
-    (
-        check_transitions,
-        pave_grpo.decomposed_transitions,
-        "x_t + dt / k * v for",
-        "x_t + dt / k * v.detach() for",
-    ),
-    (
-        check_transitions,
-        pave_grpo.decomposed_transitions,
-        "v_k, t, sigma_next",
-        "v_k, sigma, sigma_next",
-    ),
-    (
-        check_transitions,
-        pave_grpo.decomposed_transitions,
-        "sigma + j * dt / k",
-        "sigma + (j - 1) * dt / k",
-    ),
-    (check_pave_loss, pave_grpo.pave_loss, "logp_new - logp_old)", "logp_old - logp_new)"),
-    (check_pave_loss, pave_grpo.pave_loss, "torch.minimum", "torch.maximum"),
-    (check_pave_loss, pave_grpo.pave_loss, "J[1:].mean()", "J[1:].sum()"),
+    (*TRANSITIONS, "y[k] + dt / k * v_k", "y[k] + dt * v_k"),
+    (*TRANSITIONS, "y[k] + dt / k * v_k", "y[k].detach() + dt / k * v_k"),
+    (*TRANSITIONS, "x_t + dt / k * v for", "x_t + dt / k * v.detach() for"),
+    (*TRANSITIONS, "v_k, t, sigma_next", "v_k, sigma, sigma_next"),
+    (*TRANSITIONS, "sigma + j * dt / k", "sigma + (j - 1) * dt / k"),
+    (*PAVE_LOSS, "logp_new - logp_old)", "logp_old - logp_new)"),
+    (*PAVE_LOSS, "torch.minimum", "torch.maximum"),
+    (*PAVE_LOSS, "J[1:].mean()", "J[1:].sum()"),
 ]
 
 
@@ -824,68 +895,5 @@ PAVE_MUTATIONS = [
 def test_pave_mutations_are_caught(check, function, old, new):
     """A wrong sign, sum or time in a Pave-GRPO function fails its check."""
     broken = mutant(function, old, new)
-
     with pytest.raises(Exception):  # noqa: B017
         check(broken)
-
-
-# --------------------------------------------------------------------------------------- both twins
-
-
-def plumbing(path):
-    """The text of a script without its METHOD parts: header, method config, presets, METHOD, and
-    the block of main.
-    """
-    source = path.read_text()
-    lines, cuts = source.splitlines(keepends=True), []
-    for node in ast.parse(source).body:
-        name = getattr(node, "name", "") or getattr(getattr(node, "targets", [None])[0], "id", "")
-        if (isinstance(node, ast.Expr) and node.lineno == 1) or name in ("MethodConfig", "PRESETS"):
-            cuts.append(
-                (
-                    min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]),
-                    node.end_lineno,
-                )
-            )
-    numbers = {
-        line.strip("# -\n"): number
-        for number, line in enumerate(lines, 1)
-        if line.startswith("# ---")
-    }
-    banners = list(numbers)
-    cuts.append((numbers["METHOD"] + 1, numbers[banners[banners.index("METHOD") + 1]] - 1))
-    cuts.append(
-        tuple(
-            next(i for i, line in enumerate(lines, 1) if f"# {mark} METHOD" in line)
-            for mark in (">>>", "<<<")
-        )
-    )
-    skipped = {number for first, last in cuts for number in range(first, last + 1)}
-    return (
-        banners,
-        "".join(line for number, line in enumerate(lines, 1) if number not in skipped),
-        len(skipped),
-    )
-
-
-def test_twins_differ_in_their_methods_only():
-    """vgrpo.py - METHOD = pave_grpo.py - METHOD, byte for byte."""
-    (banners, text, _), (twin_banners, twin_text, _) = (plumbing(Path(m.__file__)) for m in SCRIPTS)
-    assert banners == twin_banners
-    assert banners == [
-        "config",
-        "sigma grid",
-        "model",
-        "METHOD",
-        "evaluation and images",
-        "checkpoint and logging",
-        "distributed",
-        "main",
-    ]
-    assert len(text.splitlines()) > 400, "most of a script is plumbing"
-    assert text == twin_text, "\n".join(
-        difflib.unified_diff(text.splitlines(), twin_text.splitlines(), lineterm="", n=0)
-    )
-
-
-# ------------------------------------------------------------------------------- flags and mistakes
