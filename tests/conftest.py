@@ -61,6 +61,17 @@ def untimed(lines):
     ]
 
 
+def sgd(model, lr=0.1):
+    """One step of gradient descent on model.parameters, as the scripts' update calls it."""
+    optimizer = torch.optim.SGD(model.parameters, lr=lr)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def small_flags(folder, *flags, script="vgrpo.py") -> list[str]:
     """The flags of a small run into a folder, for a process of its own."""
     few = folder.parent / "few.jsonl"

@@ -16,12 +16,12 @@ import rivals
 import seeds
 import torch
 import variance
-from conftest import DOCS, SMALL, run, untimed
+from conftest import DOCS, SMALL, run, sgd, untimed
 
 import pave_grpo
 import rewards
 import vgrpo
-from test_equivalence import F64, ROOT, SHAPE, Linear, close, gen, mutant, randn, sgd
+from test_equivalence import F64, ROOT, SHAPE, Linear, close, gen, mutant, randn
 
 
 def test_throughput_counts_flops_and_evaluations(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sgd
 
 import pave_grpo
 import vgrpo
@@ -33,7 +34,6 @@ from test_equivalence import (
     naive_transition,
     problem,
     randn,
-    sgd,
 )
 
 
