@@ -3,8 +3,10 @@
     python benchmarks/curves.py runs/ONE runs/OTHER    # curves of your own runs, into runs.png
     python benchmarks/curves.py --reduced          # six methods, one seed, 24 iterations, then
     draws
-    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best
-    and of each ablation, then draws
+    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best,
+    ablations, then draws
+    python benchmarks/curves.py --full --ablation_seeds 0 1 2      # the same, with three seeds of
+    each ablation
     python benchmarks/curves.py                    # only draws and prints what benchmarks/results
     holds
     python benchmarks/curves.py --estimate         # what --reduced and --full will take, and what
@@ -105,7 +107,6 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
         "1": ("default", ""),
         "2": ("abl-updates2", V + "--num_minibatches 2"),
         "4": ("abl-updates4", V + "--num_minibatches 4"),
-        "8": ("abl-updates8", V + "--num_minibatches 8"),
     },
     "step controls": {
         "soft clip 3, KL to initial model 0.1": ("default", ""),
@@ -115,10 +116,6 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
         ),  # seeds.py's run, so its 50 iterations
         "hard clamp 5 for the soft clip": ("abl-hard", V + "--soft_clip 0"),
         "4 updates": ("abl-updates4", V + "--num_minibatches 4"),
-        "4 updates, hard clamp 5": (
-            "abl-updates4_hard",
-            V + "--num_minibatches 4 --soft_clip 0",
-        ),
         "4 updates, ratio clip 0.01": (
             "abl-updates4_clip",
             V + "--num_minibatches 4 --clip_range 1e-2",
@@ -134,7 +131,7 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
     },
 }
 SEVERAL_STEPS = {  # name of the results -> (label, command); one step an iteration first
-    name: (label, command)
+    name: (label.replace(" updates", ""), command)
     for panel in ("updates per iteration", "step controls")
     for label, (name, command) in ABLATIONS[panel].items()
     if "updates" in name or (name, label) == ("default", "1")
@@ -387,7 +384,7 @@ def ablation_rows() -> list[tuple[str, str, list[float]]]:
 
 def steps_table(levels: list[float]) -> None:
     """What several gradient steps on the same rollouts cost to each level, in the first AT
-    iterations of every seed; as in reach_table, but for the seconds: they are --measure's.
+    iterations of every seed; as in reach_table, but evaluations and seconds are --measure's.
     """
     print(f"\nSeveral gradient steps an iteration, {AT} iterations\n")
     head = ["updates", "seeds", "end", "evaluations an image", "s an iteration"]
@@ -400,7 +397,7 @@ def steps_table(levels: list[float]) -> None:
         if not (found and timed):
             print(f"| {label} | missing |")
             continue
-        each = sum(found[0][1][f"nfe/{part}"] for part in ("sample", "update"))
+        each = sum(timed[0][1][f"nfe/{part}"] for part in ("sample", "update"))
         seconds = seconds_per_iteration(timed)
         row = [label, len(found), f"{mean(scores(run)[AT] for run in found):.3f}", f"{each:.0f}"]
         row.append(f"{seconds:.1f}")
@@ -419,7 +416,18 @@ def ablation_start(panel: str) -> float:
     return scores(runs(name)[0])[0]
 
 
+def seed_deviation(method: str) -> float:
+    """Standard deviation of one seed's score, pooled over the ablations of V-GRPO or Pave-GRPO."""
+    groups = {tuple(values) for panel, _, values in ablation_rows() if panel.startswith(method)}
+    squares = sum(len(values) * pstdev(values) ** 2 for values in groups if values)
+    freedom = sum(len(values) - 1 for values in groups if values)
+    return (squares / freedom) ** 0.5
+
+
 def ablation_table() -> None:
+    """Scores of all ablations, and by how much two means of seeds must differ to tell them apart:
+    two standard errors, with the pooled deviation of a seed.
+    """
     print(f"\neval/shapes, V-GRPO's at iteration {AT}, Pave-GRPO's at 20\n")
     print("| what | | seeds | mean | lowest to highest |\n|---|---|---|---|---|")
     for panel, label, values in ablation_rows():
@@ -429,6 +437,11 @@ def ablation_table() -> None:
             else "missing |"
         )
         print(f"| {panel} | {label} | {len(values)} | {cells} |")
+    for method, sizes in {"V-GRPO": (3, 5), "Pave-GRPO": (3, 10)}.items():
+        deviation = seed_deviation(method)
+        least = 2 * deviation * sum(1 / size for size in sizes) ** 0.5
+        print(f"\n{method}: one seed's standard deviation is {deviation:.3f}.")
+        print(f"Means of {sizes[0]} and {sizes[1]} seeds differ by noise up to {least:.3f}.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -681,7 +694,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="run nothing")
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--ablation_seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--ablation_seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--rewards", type=float, nargs="+", default=[0.70, 0.80], help="the rewards to reach"
     )
