@@ -466,3 +466,15 @@ def test_moving_average_is_looked_at_and_never_trained(monkeypatch):
         found = vgrpo.evaluate(model)
         assert found == {"eval/w": n + 1, "eval_ema/w": pytest.approx(average)}
         assert weight.item() == n + 1
+
+
+@pytest.mark.parametrize(
+    "name, metric",
+    [(f"all-prompts-150-s{seed}", "eval") for seed in range(3)]
+    + [("ema-s0", "eval"), ("ema-s0", "eval_ema")],
+)
+def test_faq_scores_are_what_the_results_say(name, metric):
+    """The FAQ's rows of 456 prompts, every 25 iterations."""
+    run = curves.load(ROOT / f"benchmarks/results/{name}.jsonl")
+    row = " | ".join(f"{run[i][f'{metric}/shapes']:.3f}" for i in range(25, 151, 25))
+    assert f"| {row} |" in DOCS
