@@ -607,8 +607,8 @@ def sharded(images, prompts, metadata):
 
 def test_three_sharded_processes_equal_one(tmp_path):
     """Pave-GRPO's paths, all weights sharded over three processes."""
-    flags = "--rollout sde --group_size 2 --prompts_per_iter 6 --micro_batch 2 --sample_batch 4"
-    flags += " --iterations 1 --kl_beta 0.1 --full true --num_minibatches 2"
+    flags = "--rollout sde --group_size 2 --prompts_per_iter 3 --micro_batch 2 --sample_batch 4"
+    flags += " --iterations 1 --kl_beta 0.1 --full true"
     flags += " --steps 3 --sde_steps 0 1 --splits 2 --eval_steps 2"
     argv = small_flags(tmp_path / "three", *flags.split(), script="pave_grpo.py")
     run_processes("pave_grpo", 3, argv)
