@@ -4,9 +4,9 @@
     python benchmarks/ema.py --decay 0.95                   # or any flags of vgrpo.py
 
 Training is that of vgrpo.py, number by number: images come from the weights themselves, and the
-average is only looked at. It is diffusers' EMAModel, updated after each gradient step. The average of
-n steps has weight min(decay, (1 + n) / (10 + n)) in the next one. metrics.jsonl has its scores as
-eval_ema/*, and the last grid of samples is the average's. The average itself is not saved.
+average is only looked at. It is diffusers' EMAModel, updated after each gradient step. The average
+of n steps has weight min(decay, (1 + n) / (10 + n)) in the next one. metrics.jsonl has its scores as
+eval_ema/*, and the grids of samples are the average's. The average itself is not saved.
 """
 
 import argparse

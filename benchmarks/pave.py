@@ -33,7 +33,7 @@ STEPS = {4: "0 2", 10: "0 2 4 6"}  # T: trained steps
 CONDITIONS = {  # what changes in branches with CPS steps at T = 4: of which splits, which flags
     "guided": (("S", "S2.3"), "--guidance_scale 3 --lr 5e-5"),
     "epochs2": (("S", "S2.3"), "--update_epochs 2"),
-    # the paper's controls, about twice the compute; the trained steps begin at the same noise levels
+    # the paper's controls, about twice the compute; 2T trains from the same noise levels
     "2G": (("S",), "--group_size 24"),
     "2T": (("S",), "--steps 8 --sde_steps 0 4"),
 }
