@@ -125,6 +125,7 @@ class Config(MethodConfig):
 SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
 MODEL_IDS = {"tiny": str(ROOT / "tiny_sd3"), "sd3": SD3, "flux": FLUX}
 CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # of other models: preset
+LARGEST = 1e30  # of a flag: its products are finite in fp32
 MAY_BE_ZERO = "iterations seed weight_decay soft_clip clip_range kl_beta ref_kl_beta".split()
 PRESETS = {
     "tiny": dict(
@@ -159,8 +160,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     args = Config(**vars(parser.parse_args(argv)))
     for name, value in vars(args).items():
         may_be_zero = name in MAY_BE_ZERO and value == 0
-        if type(value) in (int, float) and not (may_be_zero or 0 < value < math.inf):
-            fail(f"--{name} is {value}; it must be positive.")
+        if type(value) in (int, float) and not (may_be_zero or 0 < value < LARGEST):
+            fail(f"--{name} is {value}; it must be positive and less than {LARGEST}.")
     if args.group_size < 2:
         fail("--group_size must be at least 2: advantages compare the images of a group.")
     if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
@@ -386,12 +387,14 @@ def load_model(args: Config, device: torch.device) -> Model:
         library.utils.logging.disable_progress_bar()
     path = MODEL_IDS.get(args.model, args.model)
     parts = diffusers.DiffusionPipeline.load_config(path)
-    absent = {name: None for name in parts if parts[name] == [None, None]}  # a missing T5
+    t5 = ("text_encoder_3", "tokenizer_3")  # the one encoder that a pipeline may lack
+    absent = {name: None for name in t5 if parts.get(name) == [None, None]}
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
+        pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
     except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
         fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
     return Model(pipe, args, device)

@@ -11,6 +11,7 @@ import types
 from dataclasses import fields
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import SMALL, run
 
@@ -175,7 +176,7 @@ FUZZ = {
     "resolution": "64 32 16 65 0 -16",
     "shift": "1 3 0 nan inf -1",
     "guidance_scale": "1 2.5 0",
-    "lr": "1e-4 0 -1 nan x",
+    "lr": "1e-4 0 -1 nan 1e30 x",
     "weight_decay": "0 0.1 -1",
     "max_grad_norm": "1 0",
     "seed": "0 -1 7",
@@ -241,12 +242,29 @@ def test_fuzzed_flags_run_or_fail_in_one_sentence(tmp_path, script, monkeypatch)
     assert trained == 8 and 100 < refused < 290
 
 
-def test_weights_that_do_not_fit_their_config_are_one_sentence(tmp_path):
+def other_width(model):
+    path = model / "transformer/config.json"
+    config = json.loads(path.read_text()) | {"caption_projection_dim": 64}
+    path.write_text(json.dumps(config))
+
+
+def lost_tensor(model):
+    path = model / "transformer/diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    del weights["pos_embed.proj.weight"]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+
+
+def lost_tokenizer(model):
+    path = model / "model_index.json"
+    parts = json.loads(path.read_text()) | {"tokenizer": [None, None]}
+    path.write_text(json.dumps(parts))
+
+
+@pytest.mark.parametrize("damage", [other_width, lost_tensor, lost_tokenizer])
+def test_a_damaged_model_folder_is_one_sentence(tmp_path, damage):
     model = shutil.copytree(ROOT / "tiny_sd3", tmp_path / "model")
-    config = json.loads((model / "transformer/config.json").read_text())
-    (model / "transformer/config.json").write_text(
-        json.dumps(config | {"caption_projection_dim": 64})
-    )
+    damage(model)
     args = vgrpo.parse_args(["--model", str(model), "--resolution", "64"])
     with pytest.raises(rewards.UserError, match="cannot be loaded") as refused:
         vgrpo.load_model(args, torch.device("cpu"))
