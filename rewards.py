@@ -86,6 +86,8 @@ def load_prompts(path: str) -> list[dict]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read ({error}).") from None
     is_json = str(path).endswith(".jsonl")
+    if not is_json and not str(path).endswith(".txt"):
+        fail(f"prompt file {path} is neither .txt, a prompt a line, nor .jsonl.")
     prompts = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -104,7 +106,7 @@ def load_prompts(path: str) -> list[dict]:
 # ---------------------------------------------------------------------------------------- --reward
 def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
     """Functions and weights of --reward "name=weight,...", by name; no weight is 1.  UserError."""
-    functions, weights = {}, {}
+    wanted, functions, weights = [], {}, {}
     for item in filter(None, map(str.strip, spec.split(","))):
         source, _, weight = item.partition("=")
         try:
@@ -113,12 +115,14 @@ def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
             value = math.nan
         if not math.isfinite(value):
             fail(f'--reward: the weight of "{item}" is not a number; write name=weight.')
+        wanted.append((source, value))
+    if not any(value for _, value in wanted):  # said before a model is loaded
+        fail(f'--reward "{spec}" gives no reward a weight other than 0.')
+    for source, value in wanted:
         name, function = load_reward(source)
         if name in functions or name in ("mean", "std"):  # reward/mean and reward/std are totals
             fail(f'--reward: "{name}" is given twice, or a name of the totals.')
         functions[name], weights[name] = function, value
-    if not any(weights.values()):
-        fail(f'--reward "{spec}" gives no reward a weight other than 0.')
     return functions, weights
 
 
@@ -146,25 +150,22 @@ def load_reward(source: str) -> tuple[str, RewardFn]:
 
 
 @torch.no_grad()
-def compute_rewards(functions: dict, images: Tensor, lines: list, micro_batch: int = 64) -> dict:
-    """Every reward of N images, checked: name -> (N,) fp32 on the images' device.
-    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file;  micro_batch: images per
-    call of a reward.  A reward that is a torch.nn.Module visits the device.  Raises UserError."""
+def compute_rewards(functions: dict, images: Tensor, lines: list[dict]) -> dict[str, Tensor]:
+    """Every reward of N images, in one call each, checked: name -> (N,) fp32 on their device.
+    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file
+    A reward that is a torch.nn.Module visits the device.  Raises UserError."""
     results = {}
     for name, function in functions.items():
-        results[name] = torch.empty(len(lines), device=images.device)
         with visiting([function], images.device):
-            for start in range(0, len(lines), micro_batch):
-                rows = slice(start, start + micro_batch)
-                results[name][rows] = score_batch(name, function, images[rows], lines[rows])
+            results[name] = score_batch(name, function, images, lines)
     return results
 
 
 @contextmanager
-def visiting(functions: Iterable[RewardFn], device: torch.device):
-    """Lends the weights of those rewards that are modules to a device; a visit in a visit is free.
-    They stay in host memory: leaving copies nothing, and neither does a visit to the CPU."""
-    models = [function for function in functions if isinstance(function, torch.nn.Module)]
+def visiting(parts: Iterable[Any], device: torch.device):
+    """Lends the weights of those parts (rewards, text encoders) that are modules to a device.
+    They stay in host memory, so leaving copies nothing. A visit in a visit is free."""
+    models = [part for part in parts if isinstance(part, torch.nn.Module)]
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     at_home = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -190,7 +191,8 @@ def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise UserError(f'reward "{name}" failed on {quoted(prompts)} ({reason}).') from error
     if reward.shape != (len(lines),):
-        fail(f'reward "{name}" returned shape {tuple(reward.shape)} for {len(lines)} images.')
+        shape = tuple(reward.shape)
+        fail(f'reward "{name}" returned shape {shape} for {len(lines)} images: {quoted(prompts)}.')
     finite = reward.isfinite().tolist()
     bad = [prompt for prompt, ok in zip(prompts, finite, strict=True) if not ok]
     if bad:
@@ -212,7 +214,8 @@ def group_advantages(rewards: dict, group_size: int, weights: dict, std="group",
     group_size: G >= 2;  std: "group" or "global" (over all N), population;  clamp: > 0, None = off
     Returns adv (N,), exactly 0 where a group's rewards are all equal, and the rewards' metrics.
     Deviation: the papers say only "normalise"; population std and 1e-4 are ours."""
-    adv, metrics = torch.zeros(()), dict[str, Tensor]()
+    adv = torch.zeros(())
+    metrics: dict[str, Tensor] = {}
     for name, reward in rewards.items():
         R = rearrange(reward, "(p g) -> p g", g=group_size)
         dim = 1 if std == "group" else None
@@ -276,7 +279,7 @@ MIN_COVERAGE = 0.5  # of a pixel by its object: anti-aliased edges belong to it 
 MIN_COSINE = 0.9  # of a pixel's hue to a colour's; two colours of the palette are below 0.9
 MIN_DISTANCE = 0.4  # of another colour to the ground, RGB in [0, 1], to be an object's
 MIN_AREA = 0.006  # of the image, 25 px of 64 x 64: less is decoder noise; objects have 128 and more
-FILL = (0.66, 0.89)  # area / bounding box, halfway between triangle 1/2, circle pi/4 and square 1
+FILL = (0.66, 0.89)  # area / bounding box, between triangle (drawn: 0.53), circle pi/4 and square 1
 MAX_ASPECT = 1.35  # longer side of the bounding box over the shorter; all three shapes are 1
 
 
@@ -286,8 +289,8 @@ def shapes(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     Source: this project; the task types and the metadata follow GenEval (arXiv 2310.11513)."""
     shares = []
     for objects, prompt, meta in zip(find_objects(images), prompts, metadata, strict=True):
-        if "include" not in meta:
-            fail(f'prompt "{prompt}" has no "include" metadata; use prompts/shapes_train.jsonl')
+        if not meta.get("include"):
+            fail(f'reward shapes: "{prompt}" has no "include"; use prompts/shapes_train.jsonl.')
         clauses = shapes_clauses(objects, meta["include"])
         shares.append(sum(clauses) / len(clauses))
     return torch.tensor(shares, device=images.device)
@@ -419,17 +422,18 @@ def loading(name: str, source: str):
         raise UserError(f"{problem}; {mend} it: --reward {name}@FOLDER=1.") from error
 
 
-def load_pretrained(name: str, cls: str, source: str, dtype=torch.float32, **options) -> Any:
+def load_pretrained(name: str, kind: str, source: str, dtype=torch.float32, **options) -> Any:
     """from_pretrained of a class of transformers: no pickle, no remote code, no random weight.
-    source: hub id or folder;  options: config and state_dict of weights in another layout."""
+    source: hub id or folder;  options: of a model, with config and state_dict not read from it."""
     import transformers
 
     with loading(name, source):
-        if not issubclass(getattr(transformers, cls), torch.nn.Module):
-            return getattr(transformers, cls).from_pretrained(source)
-        where = None if options else source
+        cls = getattr(transformers, kind)
+        if not issubclass(cls, torch.nn.Module):
+            return cls.from_pretrained(source)
+        where = None if "state_dict" in options else source
         options |= dict(dtype=dtype, output_loading_info=True, use_safetensors=True)
-        model, found = getattr(transformers, cls).from_pretrained(where, **options)
+        model, found = cls.from_pretrained(where, **options)
         wrong = set(found["missing_keys"])
         if where is None:  # a published model may hold more: buffers of older versions
             wrong |= set(found["unexpected_keys"])
@@ -446,7 +450,7 @@ def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> di
         if file.endswith(".safetensors"):
             loaded: dict = safetensors.torch.load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # nothing is unpickled
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # it can run no code
         for key, tensor in loaded.get("state_dict", loaded).items():
             for pattern, new in names.items():
                 key = re.sub(pattern, new, key)
@@ -478,12 +482,12 @@ def model_pixels(images: Tensor, processor, pad: bool = False, size: dict | None
     images: (N, 3, H, W) in [0, 1].  With a crop_size S (CLIP) the shorter side becomes S and the
     centre is cut out; pad: the longer side, on black.  Else size, or the processor's, gives height
     and width, or the edges; both become multiples of its size_divisor.
-    Within 0.03 of PIL's path, which rounds to 8 bits; 0.08 beside edges that it clips twice."""
+    Normalised, within 0.03 of PIL's path, which rounds to 8 bits; 0.08 where it clips twice."""
     from transformers.image_transforms import get_size_with_aspect_ratio
 
     shape, size = list(images.shape[2:]), size or processor.size
     crop = getattr(processor, "crop_size", None)
-    step = getattr(processor, "size_divisor", 1)
+    divisor = getattr(processor, "size_divisor", 1)
     if crop:
         edge = max(shape) if pad else min(shape)
         sides = [int(crop["height"] * side / edge) for side in shape]
@@ -491,7 +495,7 @@ def model_pixels(images: Tensor, processor, pad: bool = False, size: dict | None
         sides = [size["height"], size["width"]]
     else:
         sides = get_size_with_aspect_ratio(shape, size["shortest_edge"], size["longest_edge"])
-    sides = [math.ceil(side / step) * step for side in sides]
+    sides = [math.ceil(side / divisor) * divisor for side in sides]
     mode = "bilinear" if processor.resample == 2 else "bicubic"  # Pillow's numbers
     x = F.interpolate(images.float(), sides, mode=mode, antialias=True).clamp(0, 1)
     if crop:
@@ -541,23 +545,24 @@ def pickscore(source: str | None = None) -> RewardFn:
 
 def clipscore(source: str | None = None) -> RewardFn:
     """CLIPScore, agreement of image and text:  logits_per_image / 100, that is the cosine.
-    About 0.1...0.4.  Hub: CLIP_L (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 2.5."""
+    About 0.1...0.4.  Hub: CLIP_L (MIT).  Source: arXiv 2104.08718; others scale it by 30 or 100."""
     return Clip("clipscore", source or CLIP_L, divisor=100)  # OpenAI's exp(logit_scale) is 100
 
 
-class Aesthetic(Clip):
+class Aesthetic(torch.nn.Module):
     """LAION's aesthetic predictor: five linear layers on the unit CLIP-L image embedding.
     1...10; ignores the prompt.  Hub: CLIP_L (MIT), trl-lib/ddpo-aesthetic-predictor (Apache-2.0).
     Source: DDPO, arXiv 2305.13301."""
 
     def __init__(self, source: str | None = None):
-        super().__init__("aesthetic", source or CLIP_L)
+        super().__init__()
+        self.clip = Clip("aesthetic", source or CLIP_L)
         hub = source or "trl-lib/ddpo-aesthetic-predictor"
         state = load_weights("aesthetic", hub, "aesthetic-model.pth", {r"^layers\.": ""})
         self.head = linear_stack("aesthetic", hub, state)
 
     def forward(self, images, prompts, metadata):
-        return self.head(self.embed_images(images)).squeeze(1)
+        return self.head(self.clip.embed_images(images)).squeeze(1)
 
 
 OPEN_CLIP = {  # open_clip's names to transformers', one pattern after the other
@@ -597,11 +602,12 @@ BLIP = {  # the original BLIP's names to transformers', one pattern after the ot
     r"\.blocks\.": ".encoder.layers.", r"\.patch_embed\.proj": ".embeddings.patch_embedding",
     r"\.cls_token": ".embeddings.class_embedding", r"\.pos_embed": ".embeddings.position_embedding",
 }  # fmt: skip
-# what differs from transformers' defaults
+# BLIP-large's sizes
 BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, layer_norm_eps=1e-6)
 BLIP_VISION |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16)
 BLIP_TEXT = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12)
-HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)  # at least and at most, if multiples of 28 px allow it
+HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)  # larger images shrink to at most, smaller grow to
+# at least this: multiples of 28 px rarely meet it
 
 
 class ImageReward(torch.nn.Module):
@@ -637,9 +643,9 @@ class ImageReward(torch.nn.Module):
 
 class HPSv3(torch.nn.Module):
     """HPSv3, a Qwen2-VL-7B fine-tuned on human preferences: the mean of its head, not normalised.
-    About 0...15 (FLUX.1-dev: 13.3).  Hub: MizzenAI/HPSv3, HPSv3.safetensors (Apache-2.0), a state
-    dict; config, tokenizer and image processor of Qwen/Qwen2-VL-7B-Instruct (Apache-2.0).  bf16 on
-    a machine with CUDA, the head fp32.  Source: arXiv 2508.03789.
+    About 0...15 (FLUX.1-dev: 13.3).  Hub: MizzenAI/HPSv3, HPSv3.safetensors (Apache-2.0 by a third
+    party's word), a state dict; config, tokenizer and image processor of
+    Qwen/Qwen2-VL-7B-Instruct (Apache-2.0).  bf16 with CUDA, the head fp32.  arXiv 2508.03789.
     The weights were trained with transformers 4.45, in bf16: with one position after the other,
     where today's Qwen2-VL counts rows and columns, and with rotary frequencies rounded to bf16."""
 
@@ -659,10 +665,12 @@ class HPSv3(torch.nn.Module):
         self.head = linear_stack(name, hub, part_of(state, "rm_head."), "035", torch.nn.ReLU)
         weights = {key: state[key] for key in state if not key.startswith(("rm_head", "lm_head"))}
         config = load_pretrained(name, "Qwen2VLConfig", qwen)
-        config.text_config.vocab_size = len(self.tokenizer)  # without the padding of Qwen's own
-        half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        with loading(name, hub):  # its own vocabulary: Qwen's is padded
+            embedding = weights["language_model.embed_tokens.weight"]
+        config.text_config.vocab_size = len(embedding)
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         parts = dict(config=config, state_dict=weights)
-        self.model = load_pretrained(name, "Qwen2VLModel", hub, half, **parts)
+        self.model = load_pretrained(name, "Qwen2VLModel", hub, dtype, **parts)
         for frequencies in self.model.buffers():
             frequencies.data = frequencies.bfloat16().float()
 
@@ -790,15 +798,16 @@ class GenEval(torch.nn.Module):
         self.classes = {number: GENEVAL_NAMES.get(name, name) for number, name in coco}
 
     def forward(self, images, prompts, metadata):
-        held = []
+        verdicts = []
         for image, prompt, meta in zip(images, prompts, metadata, strict=True):
             for item in [*(meta.get("include") or [{}]), *meta.get("exclude", [])]:
                 known = item.get("class") in self.classes.values()
-                if not known or item.get("color", "red") not in COLOURS:
-                    problem = f"no include, or a class or color that is unknown: {item}"
+                side = item.get("position", ["above"])[0]
+                if not known or item.get("color", "red") not in COLOURS or side not in SIDES:
+                    problem = f"no include, or an unknown class, color or side: {item}"
                     fail(f'reward geneval: "{prompt}" has {problem}.')
-            held.append(geneval_rules(self.detections(image), meta, self.colours_of))
-        return torch.tensor(held, device=images.device)
+            verdicts.append(geneval_rules(self.detections(image), meta, self.colours_of))
+        return torch.tensor(verdicts, device=images.device)
 
     def detections(self, image: Tensor) -> Iterable[tuple]:
         """(class, confidence, box, crop) of each object of an image (3, H, W)."""
@@ -820,11 +829,9 @@ class GenEval(torch.nn.Module):
     def colours_of(self, name: str, crops: list[Tensor]) -> list[str]:
         """The nearest of COLOURS to each object of a class, by CLIP."""
         image = torch.cat([self.clip.embed_images(crop[None]) for crop in crops])
-        text = []
-        for colour in COLOURS:
-            prompts = [prompt.format(colour, name) for prompt in COLOUR_PROMPTS]
-            text.append(self.clip.embed_prompts(prompts).mean(dim=0))
-        cosine = image @ F.normalize(torch.stack(text), dim=1).T
+        prompts = [prompt.format(colour, name) for colour in COLOURS for prompt in COLOUR_PROMPTS]
+        text = rearrange(self.clip.embed_prompts(prompts), "(c p) d -> c p d", c=len(COLOURS))
+        cosine = image @ F.normalize(text.mean(dim=1), dim=1).T
         return [COLOURS[i] for i in cosine.argmax(dim=1)]
 
 
@@ -848,7 +855,7 @@ def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable)
             held = set(colours_of(item["class"], crops)) == {item["color"]}
         if held and "position" in item:
             side, index = item["position"]
-            ways = [sides(box, other) for box, _ in objects for other, _ in groups[index]]
+            ways = [relative_sides(box, other) for box, _ in objects for other, _ in groups[index]]
             held = bool(ways) and all(side in way for way in ways)
         groups.append(objects if held else [])
     for item in meta.get("exclude", []):
@@ -857,7 +864,7 @@ def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable)
     return float(all(groups))
 
 
-def sides(a: tuple, b: tuple) -> set[str]:
+def relative_sides(a: tuple, b: tuple) -> set[str]:
     """Where box a is from box b, (x0, y0, x1, y1): the directions that make up over half of the way
     between centres, after MARGIN times the sum of both sizes is taken off it."""
     corners = torch.tensor([a, b], dtype=torch.float64).view(2, 2, 2)  # box, corner, axis
@@ -895,7 +902,7 @@ def chat_judge(name: str, source: str | None, divisor: float) -> RewardFn:
     """The "Final Score: x" of a model behind an OpenAI-compatible endpoint (vLLM, SGLang).
     source: http://HOST:PORT/v1, or http://HOST:PORT/v1#FILE: the question, {prompt} in it
     The server's first model judges PNG images at temperature 0.  It gets OPENAI_API_KEY, if set.
-    Raises UserError, in use, without an answer or a score from 1 to 5."""
+    Raises UserError; in use, without an answer or a score from 1 to 5."""
     endpoint, _, file = (source or "").partition("#")
     if not endpoint.startswith(("http://", "https://")):
         fail(f"reward {name} needs an endpoint: --reward {name}@http://HOST:PORT/v1=1.")
@@ -915,9 +922,9 @@ def chat_judge(name: str, source: str | None, divisor: float) -> RewardFn:
         body = {"model": model, "temperature": 0, "messages": [message]}
         chat = f"{endpoint.rstrip('/')}/chat/completions"
         answer = ask_judge(name, chat, ("choices", 0, "message", "content"), body)
-        scores = re.findall(r"Final Score:\W*([1-5](?:\.\d+)?)\b", answer)
-        if not scores or float(scores[-1]) > 5:
-            fail(f"reward {name}: no score from 1 to 5 in the answer {answer[-200:]!r}.")
+        scores = re.findall(r"Final Score:[^\w-]*(-?\d+(?:\.\d+)?)", answer)
+        if not scores or not 1 <= float(scores[-1]) <= 5:
+            fail(f'reward {name}: no score from 1 to 5 for "{prompt}": {answer[-200:]!r}.')
         return float(scores[-1]) / divisor
 
     def reward(images, prompts, metadata):
@@ -942,7 +949,9 @@ def ask_judge(name: str, url: str, keys: tuple, body: dict | None = None) -> str
         except (OSError, ValueError, http.client.HTTPException) as error:  # silent, 5xx, not JSON
             code = getattr(error, "code", 500)
             if pause is None or (code < 500 and code != 429):
-                raise UserError(f"reward {name}: {url} does not answer ({error}).") from error
+                said = error.read(200) if hasattr(error, "read") else b""  # a reason, with 4xx
+                problem = f"{url} does not answer ({error}) {said!r}"
+                raise UserError(f"reward {name}: {problem}.") from error
             time.sleep(pause)
     try:
         for entry in keys:

@@ -649,7 +649,7 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
     with rewards.visiting(reward_fns.values(), model.device):
         for rows in micro_batches(len(lines), args.sample_batch, "reward"):
             images = model.decode(x_0[rows])
-            found.append(rewards.compute_rewards(reward_fns, images, lines[rows], len(images)))
+            found.append(rewards.compute_rewards(reward_fns, images, lines[rows]))
     scores = {}
     for name in reward_fns:
         here = torch.cat([part[name] for part in found])

@@ -138,13 +138,18 @@ def test_geneval_positions_keep_the_margin_and_the_angle():
         (-100, 70, {"left of", "below"}),
         (30, -60, {"above"}),
     ):
-        assert rewards.sides(box_at(200 + dx, 300 + dy), box_at(200, 300)) == expected, (dx, dy)
+        assert rewards.relative_sides(box_at(200 + dx, 300 + dy), box_at(200, 300)) == expected, (
+            dx,
+            dy,
+        )
     wide, tall = (
         box_at(0, 0, 100, 10),
         box_at(25, 0, 20, 10),
     )  # 0.1 (100 + 20) = 12 of 25 px: 13 > 12.5
-    assert rewards.sides(tall, wide) == {"right of"} and rewards.sides(wide, tall) == {"left of"}
-    assert rewards.sides(box_at(23.9, 0, 20, 10), wide) == set()
+    assert rewards.relative_sides(tall, wide) == {"right of"} and rewards.relative_sides(
+        wide, tall
+    ) == {"left of"}
+    assert rewards.relative_sides(box_at(23.9, 0, 20, 10), wide) == set()
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +347,7 @@ def test_geneval_refuses_what_it_cannot_judge(tiny_geneval):
         "unicorn": dict(include=[{"class": "unicorn", "count": 1}]),
     }
     cases |= {"cyan": dict(include=[dict(cat, color="cyan")])}
+    cases |= {"beside": dict(include=[cat, dict(cat, position=["beside", 0])])}
     cases |= {"zebra": dict(include=[cat], exclude=[{"class": "zebra", "count": 2}])}
     for message, meta in cases.items():
         with pytest.raises(rewards.UserError, match=f'reward geneval: "my prompt".*{message}'):
@@ -478,7 +484,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
             return self.answer(b"<html>")
         prompt = body["messages"][0]["content"][1]["text"]
         score = {"a": "3", "b": "4.5", "c": "5"}[re.search(r"prompt: (\w)", prompt)[1]]
-        text = "I like it." if act == "rubbish" else f"Score 1? No.\n**Final Score: {score}**"
+        text = act if " " in act else f"Score 1? No.\n**Final Score: {score}**"
         reply = {"choices": [{"message": {"content": text}}]}
         return self.answer(behaviour.get("chat", reply))
 
@@ -537,9 +543,11 @@ def test_vlm_over_http(judge_server):
         found = rewards.compute_rewards(functions, PICTURES, LINES)["vlm"]
         close(found, scores, 1e-6, f"scores, server: {acts}")
     for act, message, tries in (
-        ("fail", "503", 12),
-        ("rubbish", "I like it", 3),
-        ("reject", "404", 3),
+        ("fail", "503.*busy", 12),
+        ("I like it.", '(?="[abc]").*I like it', 3),
+        ("Final Score: -3", "no score from 1 to 5", 3),
+        ("Final Score: 4\nFinal Score: 10", "no score from 1 to 5", 3),
+        ("reject", "404.*no such model", 3),
         ("silent", "", 4),
     ):
         server.requests.clear()

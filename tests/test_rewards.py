@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import torch
 from conftest import make
+from PIL import Image
 
 import rewards
 from test_equivalence import F64, close, gen
@@ -165,11 +166,11 @@ def test_reward_loading_and_checking(tmp_path):
         [{"prompt": f"p{i}"} for i in range(5)],
     )
     functions, _ = rewards.load_rewards(f"{own}:brightness")
-    batched = rewards.compute_rewards(functions, images, lines, micro_batch=2)["brightness"]
-    close(batched, images.mean(dim=(1, 2, 3)), 1e-7, "micro-batched reward")
+    found = rewards.compute_rewards(functions, images, lines)["brightness"]
+    close(found, images.mean(dim=(1, 2, 3)), 1e-7, "the user's reward")
     bad = {
         "nan": '"nan" is not finite for "p0"',
-        "short": "returned shape",
+        "short": 'returned shape.*"p0"',
         "boom": '"boom" failed on "p0".*KeyError',
     }
     for name, message in bad.items():
@@ -186,6 +187,8 @@ def test_reward_loading_and_checking(tmp_path):
     for text, message in specs.items():
         with pytest.raises(rewards.UserError, match=message):
             rewards.load_rewards(text)
+    with pytest.raises(rewards.UserError, match="weight other than 0"):
+        rewards.load_rewards(f"clipscore@{tmp_path}=0")  # which could not be loaded
 
 
 class Weighing(torch.nn.Module):
@@ -222,10 +225,10 @@ def test_reward_models_visit_the_device_and_leave_it(monkeypatch):
         return to(self, *args, **kwargs).clone()
 
     monkeypatch.setattr(torch.Tensor, "to", copying)
-    found = rewards.compute_rewards({"model": model}, images, lines, micro_batch=2)["model"]
+    found = rewards.compute_rewards({"model": model}, images, lines)["model"]
     close(found, images.mean(dim=(1, 2, 3)), 1e-6, "scores")
-    assert model.seen == [[True] * 3] * 3, "three batches, every weight away"
-    assert moves == [(1, 2), (1,), (3,)], "one visit for all batches, and nothing comes back"
+    assert model.seen == [[True] * 3], "every weight away"
+    assert moves == [(1, 2), (1,), (3,)], "one visit, and nothing comes back"
     assert model.places() == model.home
     with pytest.raises(rewards.UserError, match="KeyError"):
         rewards.compute_rewards({"model": model}, images[:1], [{"prompt": "fail"}])
@@ -314,7 +317,6 @@ PICTURES = PICTURES.clamp(0, 1)
 def clip_reference(folder, prompts=PROMPTS, images=PICTURES):
     """Normalised embeddings in float64 by the hub processor's own PIL path."""
     import transformers
-    from PIL import Image
 
     model = transformers.CLIPModel.from_pretrained(folder).double().eval()
     processor = transformers.CLIPProcessor.from_pretrained(folder)
@@ -329,6 +331,21 @@ def clip_reference(folder, prompts=PROMPTS, images=PICTURES):
         out.text_embeds,
         out.logits_per_image.diagonal(),
     )
+
+
+def padded_reference(images, processor):
+    """Pillow's pixels of images with their aspect kept, centred on black, normalised."""
+    found = []
+    for image in images:
+        picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+        edge = processor.crop_size["height"]
+        sides = [edge * side // max(picture.size) for side in picture.size]
+        canvas = Image.new("RGB", (edge, edge))
+        place = [(edge - side) // 2 for side in sides]
+        canvas.paste(picture.resize(sides, Image.Resampling.BICUBIC), tuple(place))
+        found.append(torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
+    return (torch.stack(found) - mean) / std
 
 
 def test_clip_pixels_equal_the_processors_pil_path(tiny_clip):
@@ -346,23 +363,17 @@ def test_clip_pixels_equal_the_processors_pil_path(tiny_clip):
                 tolerance,
                 f"pixels from {size}, normalised units",
             )
-    padded = rewards.model_pixels(PICTURES, processor, pad=True)
-    assert padded.shape == (3, 3, 32, 32)
-    black = (-torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)).view(
-        1, 3, 1, 1
-    )
-    border = torch.cat([padded[:, :, :4], padded[:, :, 28:]], dim=2)
-    close(border, black.expand_as(border), 1e-6, "black borders above and below a wide image")
-    assert padded[:, :, 4:28].std() > 0.1
+    mild = 0.25 + 0.5 * (PICTURES - 0.25)
+    for pictures in (mild, mild.mT):  # wide and high
+        expected = padded_reference(pictures, processor)
+        close(rewards.model_pixels(pictures, processor, pad=True), expected, 0.03, "padded pixels")
 
 
 def test_pickscore_and_clipscore_equal_their_formulas(tiny_clip):
     _, _, _, _, logits = clip_reference(tiny_clip)
     functions, weights = rewards.load_rewards(f"pickscore@{tiny_clip}=1,clipscore@{tiny_clip}=0")
     assert weights == {"pickscore": 1.0, "clipscore": 0.0}
-    found = rewards.compute_rewards(
-        functions, PICTURES, [{"prompt": p} for p in PROMPTS], micro_batch=2
-    )
+    found = rewards.compute_rewards(functions, PICTURES, [{"prompt": p} for p in PROMPTS])
     close(
         found["pickscore"] / (logits.abs().max() / 26),
         logits / logits.abs().max(),
@@ -645,9 +656,8 @@ def test_imagereward_equals_a_forward_pass_in_blips_own_layout(tiny_blip):
     ids = torch.tensor([row + [0] * (35 - len(row)) for row in ids])
     images = torch.cat([PICTURES, PICTURES[:1].flip(3)])
     functions, _ = rewards.load_rewards(f"imagereward@{folder}")
-    found = rewards.compute_rewards(
-        functions, images, [{"prompt": p} for p in prompts], micro_batch=3
-    )["imagereward"]
+    lines = [{"prompt": prompt} for prompt in prompts]
+    found = rewards.compute_rewards(functions, images, lines)["imagereward"]
     pixels = blip_pixels(images)
     expected = blip_forward({k: v.double() for k, v in state.items()}, pixels, ids, mask)
     assert expected.std() > 0.05, expected
@@ -665,7 +675,6 @@ def blip_pixels(images):
     """ImageReward's published transform, by Pillow: shorter side 224 bicubic, centre crop, CLIP's
     mean and std.
     """
-    from PIL import Image
 
     result = []
     for x in images:
