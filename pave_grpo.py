@@ -72,9 +72,7 @@ class MethodConfig:
     sde: Literal["flow", "cps"] = flag("flow", "stochastic step of Flow-GRPO or of Flow-CPS")
     eta: float = flag(0.8, "noise level of a stochastic step")
     splits: list[int] = flag([2, 3], "S, the finer k to score; none given = Flow-GRPO")
-    target: Literal["stored", "coupled"] = flag(
-        "stored", "k > 1 scores x_s, or its noise on mean_k"
-    )
+    target: Literal["stored", "coupled"] = flag("stored", "for k > 1: x_s, or its noise on mean_k")
     kl_beta: float = flag(0.0, "weight of the KL to the initial model, on transitions with k = 1")
 
 
@@ -104,17 +102,17 @@ class Config(MethodConfig):
     eval_steps: int = flag(40, "solver steps per evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
     # update
-    micro_batch: int = flag(4, "latents or transitions at a time in the update; sets memory only")
+    micro_batch: int = flag(4, "latents at a time in the update and the VAE; sets memory only")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off; 1 in the first step")
     # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
-    seed: int = flag(0, "seed of every random number")
+    seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
     save_every: int = flag(1, "iterations between checkpoints")
@@ -126,8 +124,8 @@ class Config(MethodConfig):
 
 SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
 MODEL_IDS = {"tiny": str(ROOT / "tiny_sd3"), "sd3": SD3, "flux": FLUX}
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # of other models: preset
-LARGEST = 1e30  # of a flag: its products are finite in fp32
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
+LARGEST = 1e30  # of a flag: finite in fp32, with room for a product
 MAY_BE_ZERO = "iterations seed weight_decay soft_clip clip_range kl_beta ref_kl_beta".split()
 PRESETS = {
     "tiny": dict(
@@ -202,7 +200,7 @@ def sigma_grid(num_steps: int, shift: float) -> Tensor:
 
 
 def generator_for(*draw: int | str) -> torch.Generator:
-    """CPU generator of a named draw, (seed, iteration, purpose, prompt slot, sample): its hash."""
+    """CPU generator of a draw, seeded by the hash of its name: (seed, iteration, "pairs", slot)."""
     digest = hashlib.sha256(repr(draw).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -239,8 +237,9 @@ class Model:
         self.cache: dict[str, tuple[Tensor, Tensor]] = {}
         self.vae = pipe.vae.to(device)
         self.transformer = pipe.transformer.requires_grad_(False)
-        self.initial, nets = None, [self.transformer]
-        if getattr(args, INITIAL_KL):  # the model before training; LoRA shares its frozen weights
+        nets = [self.transformer]
+        self.initial = None
+        if getattr(args, INITIAL_KL):  # the pipeline's own weights; LoRA shares them
             tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
             shared = {} if args.full else {id(tensor): tensor for tensor in tensors}
             self.initial = copy.deepcopy(self.transformer, shared)
@@ -295,14 +294,13 @@ class Model:
         for name in encoders if last else ():
             setattr(self.pipe, name, None)
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
         """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached.
         New ones are encoded while the encoders are there: see `cache_prompts`."""
         if not self.cache.keys() >= set(prompts):
             self.cache_prompts([*self.cache, *prompts])
         parts = zip(*[self.cache[prompt] for prompt in prompts], strict=True)
-        context, pooled = (torch.stack(part).to(self.device) for part in parts)
-        return context, pooled
+        return tuple(torch.stack(part).to(self.device) for part in parts)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
         """v(x_t, t) of the model, or of the initial one.
@@ -313,7 +311,7 @@ class Model:
         copies = len(x_t) // len(cond[0])
         context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         x, t = x_t.float(), t.float().expand(len(x_t))
-        half = context.dtype == torch.bfloat16
+        half = context.dtype == torch.bfloat16  # as load_model decides: on CUDA
         # no cache: it would keep a bf16 copy of every weight that FSDP2 gathers
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
@@ -364,7 +362,7 @@ class Model:
     def save(self, folder: Path) -> str:
         """Saves the weights (LoRA; --full: all) for diffusers; returns the line that loads them."""
         net, path = self.transformer, folder.as_posix()
-        weights = states.get_model_state_dict(net, options=WHOLE)
+        weights = states.get_model_state_dict(net, options=TO_FILE)
         if RANK > 0:
             return ""
         if self.args.full:
@@ -427,7 +425,7 @@ def images_per_prompt(args) -> int:
 class Batch:
     """What one iteration holds on this process: transitions from n starts, prompt-major."""
 
-    lines: list[dict]  # n prompt lines, one a start: of branches a prompt, of paths a sample
+    lines: list[dict]  # n prompt lines, one a start: a prompt (branch), a sample (sde)
     x_0: Tensor  # (n, K G, C, H, W) final latents of branches, (n, 1, C, H, W) of paths
     x_t: Tensor  # (n, K, C, H, W) before each stochastic step
     x_s: Tensor  # (n, K, M, C, H, W) after it: M = G branches, or M = 1 path
@@ -441,8 +439,7 @@ class Batch:
 
 def ode_path(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> list[Tensor]:
     """States of the flow ODE by Euler's method, x <- x + dt v, at each of sigmas.
-    x: (B, C, H, W) at sigmas[0];  sigmas: (T + 1,) decreasing.  Returns T + 1 states, x the first.
-    """
+    x: (B, C, H, W) at sigmas[0];  sigmas: (T + 1,) decreasing.  Returns T + 1 states, from x."""
     path = [x]
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x = x + (sigma_next - sigma) * velocity_fn(x, sigma)
@@ -534,11 +531,11 @@ def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -> t
         if i not in sde_steps:
             x = x + (sigma_next - sigma) * v
             continue
-        k = sde_steps.index(i)
+        at = sde_steps.index(i)
         mean, std = sde_step(x, v, sigma, sigma_next, eta, sigmas[1], kind)
-        x_t[:, k] = x
-        x_s[:, k] = mean[:, None] + std * noise[:, k]
-        x = x_s[:, k, 0]
+        x_t[:, at] = x
+        x_s[:, at] = mean[:, None] + std * noise[:, at]
+        x = x_s[:, at, 0]
     return x, x_t, x_s
 
 
@@ -549,14 +546,14 @@ def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -
     Returns x_0 (P, K, G, C, H, W), x_t (P, K, C, H, W), x_s (P, K, G, C, H, W): see Batch."""
     x_0, x_s = torch.empty_like(noise), torch.empty_like(noise)
     path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
-    for k, i in enumerate(sde_steps):
+    for at, i in enumerate(sde_steps):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         v = velocity_fn(path[i], sigma)
         mean, std = sde_step(path[i], v, sigma, sigma_next, eta, sigmas[1], kind)
-        x_s[:, k] = mean[:, None] + std * noise[:, k]
-        branches = rearrange(x_s[:, k], "p g ... -> (g p) ...")
+        x_s[:, at] = mean[:, None] + std * noise[:, at]
+        branches = rearrange(x_s[:, at], "p g ... -> (g p) ...")
         end = ode_path(velocity_fn, branches, sigmas[i + 1 :])[-1]
-        x_0[:, k] = rearrange(end, "(g p) ... -> p g ...", p=len(x))
+        x_0[:, at] = rearrange(end, "(g p) ... -> p g ...", p=len(x))
     return x_0, torch.stack([path[i] for i in sde_steps], dim=1), x_s
 
 
@@ -575,9 +572,8 @@ def sample(model: Model, prompts, sigmas, args, iteration) -> Batch:
     found = []
     for part in micro_batches(len(starts), max(1, args.sample_batch // samples), "sample"):
         x = model.noise([(*draw, "noise", *start) for start in starts[part]])
-        pairs = itertools.product(starts[part], steps)
-        names = [(*draw, "step", *start, *step) for start, step in pairs]
-        noise = rearrange(model.noise(names), "(n k m) ... -> n k m ...", n=len(x), m=samples)
+        names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
+        noise = rearrange(model.noise(names), "(n i m) ... -> n i m ...", n=len(x), m=samples)
         inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
         found.append(rollout(*inputs, args.eta, args.sde))
     x_0, x_t, x_s = map(torch.cat, zip(*found, strict=True))
@@ -591,20 +587,21 @@ def pave_loss(
         ratio_k = exp(logp_new_k - logp_old_k)
         J_k = mean(min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A))
         loss = -(J_1 + mean_{k in S} J_k) + beta mean(KL)
-    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps, None = no clip
+    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps; None, 0: off
     Returns loss () and detached metrics."""
+    assert logp_new.shape == logp_old.shape == (len(logp_new), *adv.shape), "(1 + |S|, B), (B,)"
     ratio = torch.exp(logp_new - logp_old)
-    clipped = ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
     J = torch.minimum(ratio * adv, clipped * adv).mean(dim=1)
     policy = -J[0]
     if len(J) > 1:
         policy = -(J[0] + J[1:].mean())
-    kl_term = 0.0 if kl is None else kl_beta * kl.mean()
+    kl_term = torch.zeros_like(policy) if kl is None else kl_beta * kl.mean()
     loss = policy + kl_term
     metrics = {
         "loss/total": loss,
         "loss/policy": policy,
-        "loss/kl": loss - policy,
+        "loss/kl": kl_term,
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max_dev": (ratio - 1).abs().max(),
         "policy/clip_frac": (clipped * adv < ratio * adv).to(adv.dtype).mean(),
@@ -613,16 +610,16 @@ def pave_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def log_densities(velocity_fn, batch: Batch, k: int, args, splits) -> tuple:
-    """Log-densities of the samples x_s of the k-th trained step, and the Gaussian of k = 1.
+def log_densities(velocity_fn, batch: Batch, at: int, args, splits) -> tuple:
+    """Log-densities of the samples x_s of trained step number `at`, and the Gaussian of k = 1.
     --target: finer transitions score x_s itself ("stored") or, on their own mean, the noise of
     x_s ("coupled", ours): mean_k + std_k (x_s - mean_1) / std_1, without gradient
     Returns logp (1 + |S|, B M), k = 1 first, mean (B, C, H, W) and std ()."""
     sigmas = sigma_grid(args.steps, args.shift).to(batch.x_t)
-    sigma, sigma_next = sigmas[args.sde_steps[k] :][:2]
-    inputs = (velocity_fn, batch.x_t[:, k], sigma, sigma_next, splits)
+    sigma, sigma_next = sigmas[args.sde_steps[at] :][:2]
+    inputs = (velocity_fn, batch.x_t[:, at], sigma, sigma_next, splits)
     transitions = decomposed_transitions(*inputs, args.eta, sigmas[1], args.sde)
-    x_s = batch.x_s[:, k]
+    x_s = batch.x_s[:, at]
     x = x_s.flatten(0, 1)
     logps: list[Tensor] = []
     for mean, std in transitions:
@@ -635,24 +632,23 @@ def log_densities(velocity_fn, batch: Batch, k: int, args, splits) -> tuple:
     return torch.stack(logps), *transitions[0]
 
 
-def backward_transition(velocity_fn, initial_fn, batch: Batch, k: int, args, share) -> Tensor:
-    """Adds the gradient of share * pave_loss of the k-th trained step of B starts.
+def backward_transition(velocity_fn, initial_fn, batch: Batch, at: int, args, share) -> Tensor:
+    """Adds the gradient of share * pave_loss of trained step number `at` of B starts.
     KL = mean_d (mean - mean_ref)^2 / (2 std^2), on k = 1, to the initial model
-    Returns logp_old, logp_new and the KL, (B, M, 3 + 2 |S|)."""
-    adv = batch.adv[:, k]
-    logp, mean, std = log_densities(velocity_fn, batch, k, args, args.splits)
+    share: their part of a step.  Returns logp_old, logp_new and the KL, (B, M, 3 + 2 |S|)."""
+    adv = batch.adv[:, at]
+    logp, mean, std = log_densities(velocity_fn, batch, at, args, args.splits)
     logp_old = logp.detach()
     if batch.logp_old is not None:
-        logp_old = rearrange(batch.logp_old[:, k], "b m s -> s (b m)")
+        logp_old = rearrange(batch.logp_old[:, at], "b m s -> s (b m)")
     kl = torch.zeros_like(adv).flatten()
     if args.kl_beta:
         with torch.no_grad():
-            _, mean_ref, _ = log_densities(initial_fn, batch, k, args, [])
+            _, mean_ref, _ = log_densities(initial_fn, batch, at, args, [])
         difference = (mean - mean_ref) ** 2 / (2 * std**2)
         kl = difference.flatten(1).mean(dim=1)
         kl = kl.repeat_interleave(adv.shape[1])
-    clip_range = args.clip_range or None
-    loss, _ = pave_loss(logp, logp_old, adv.flatten(), clip_range, kl, args.kl_beta)
+    loss, _ = pave_loss(logp, logp_old, adv.flatten(), args.clip_range, kl, args.kl_beta)
     (share * loss).backward()
     terms = torch.cat([logp_old, logp, kl[None]]).detach()
     return rearrange(terms, "s (b m) -> b m s", m=adv.shape[1])
@@ -666,9 +662,9 @@ def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
     for rows in micro_batches(starts, args.micro_batch, "theta_old", minibatch):
         part = batch[rows]
         velocity_fn = model.velocity_fn(part.lines)
-        for k in range(trained):
-            logp, _, _ = log_densities(velocity_fn, part, k, args, args.splits)
-            logp_old[rows, k] = rearrange(logp, "s (b m) -> b m s", m=samples)
+        for at in range(trained):
+            logp, _, _ = log_densities(velocity_fn, part, at, args, args.splits)
+            logp_old[rows, at] = rearrange(logp, "s (b m) -> b m s", m=samples)
     batch.logp_old = logp_old
 
 
@@ -688,21 +684,21 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
             velocity_fn = model.velocity_fn(part.lines)
             initial_fn = model.velocity_fn(part.lines, initial=True)
             share = len(part.lines) / (minibatch * trained)
-            for k in range(trained):
-                inputs = (velocity_fn, initial_fn, part, k, args, share)
-                terms[epoch, rows, k] = backward_transition(*inputs)
+            for at in range(trained):
+                inputs = (velocity_fn, initial_fn, part, at, args, share)
+                terms[epoch, rows, at] = backward_transition(*inputs)
             if rows.stop % minibatch == 0:
                 step()
-    *logps, kl = gather(terms.flatten(0, 3)).T.contiguous()  # a row a term, summed in order
+    *logps, kl = gather(terms.flatten(0, 3)).T.contiguous()  # each a row in memory
     logp_old, logp_new = torch.stack(logps).chunk(2)
     adv = gather(batch.adv.flatten().repeat(args.update_epochs))
-    return pave_loss(logp_new, logp_old, adv, args.clip_range or None, kl, args.kl_beta)[1]
+    return pave_loss(logp_new, logp_old, adv, args.clip_range, kl, args.kl_beta)[1]
 
 
 # --------------------------------------------------------------------------- evaluation and images
 @torch.no_grad()
 def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
-    """Rewards of final latents, decoded and scored in micro-batches: no image is kept.
+    """Rewards of final latents, decoded and scored sample_batch at a time: no image is kept.
     x_0: (n, C, H, W);  lines: n prompt lines;  per_prompt: images of a prompt, one after the other
     Returns name -> (N,), those of all processes, prompt-major.  Raises UserError."""
     found = []
@@ -719,7 +715,7 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
 
 @torch.no_grad()
 def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
-    """Mean rewards, from the same noise at every evaluation, and samples/iter_XXXX.png.
+    """Mean rewards, from the same noise at every evaluation and seed; samples/iter_XXXX.png.
     Process r makes every WORLD_SIZE-th image from r on; where that does not divide, the first
     images are made twice and counted once."""
     total = len(lines) * args.eval_samples
@@ -739,18 +735,16 @@ def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
 
 # -------------------------------------------------------------------------- checkpoint and logging
 CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
-WHOLE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
+TO_FILE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
     flatten_optimizer_state_dict=True,
 )  # fmt: skip
-PARTS = states.StateDictOptions(  # and back; not strict, as frozen weights are not in the file
-    full_state_dict=True, ignore_frozen_params=True, strict=False
-)  # fmt: skip
+FROM_FILE = states.StateDictOptions(full_state_dict=True, strict=False)  # no frozen weights there
 
 
 def save_checkpoint(run_dir: Path, iteration: int, args, model: Model, optimizer) -> None:
     """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
-    weights, moments = states.get_state_dict(model.transformer, optimizer, options=WHOLE)
+    weights, moments = states.get_state_dict(model.transformer, optimizer, options=TO_FILE)
     if RANK > 0:
         return
     tensors = {name: value for name, value in weights.items() if name in model.trainable}
@@ -780,7 +774,7 @@ def read_checkpoint(run_dir: Path) -> dict:
 
 
 def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
-    """Restores weights, and the optimizer if one is given; returns the iteration.  UserError."""
+    """Restores weights, and an optimizer if given; returns the iteration.  Raises UserError."""
     state, net = read_checkpoint(run_dir), model.transformer
     saved = safetensors.torch.load_file(run_dir / CHECKPOINT)
     shapes = {name: weight.shape for name, weight in model.trainable.items()}
@@ -788,12 +782,13 @@ def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
     made = {key: state["config"][key] for key in ("model", "full", "lora_rank", "lora_alpha")}
     if not fits or (not made["full"] and made["lora_alpha"] != model.args.lora_alpha):
         fail(f"{run_dir} holds other weights, of a run with {made}.")
-    states.set_model_state_dict(net, saved, options=PARTS)
+    states.set_model_state_dict(net, saved, options=FROM_FILE)
     if optimizer:
-        here = states.get_optimizer_state_dict(net, optimizer)
-        for name, moments in here["state"].items():  # these dicts are the optimizer's own
-            here["state"][name] = {key: saved[f"state.{name}.{key}"] for key in moments}
-        states.set_optimizer_state_dict(net, optimizer, here, options=PARTS)
+        flat = states.StateDictOptions(flatten_optimizer_state_dict=True)
+        here = states.get_optimizer_state_dict(net, optimizer, options=flat)
+        states.set_optimizer_state_dict(net, optimizer, here | saved, options=FROM_FILE)
+        for moments in optimizer.state.values():  # off the file: Windows replaces no mapped one
+            moments.update({key: value.clone() for key, value in moments.items()})
     return state["iteration"]
 
 
@@ -907,8 +902,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)")
     reward_fns, reward_weights = rewards.load_rewards(args.reward)
     model = load_model(args, device)
-    weights, fused = model.trainable.values(), device.type == "cuda"
-    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=args.weight_decay, fused=fused)
+    options = {"weight_decay": args.weight_decay, "fused": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.trainable.values(), args.lr, **options)
     if args.start_from and not args.resume:
         load_checkpoint(Path(args.start_from), model)
     done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
@@ -974,7 +969,7 @@ def main(argv: list[str] | None = None) -> None:
     if RANK == 0:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         before, after = json.loads(lines[0]), json.loads(lines[-1])
-        for name in before.keys() - {"iteration"}:
+        for name in sorted(before.keys() - {"iteration"}):
             print(f"{name}: {before[name]:.3f} -> {after.get(name, math.nan):.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
     if dist.is_initialized():

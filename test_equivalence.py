@@ -212,6 +212,10 @@ def test_maths_surrogate_denominator_floor_and_shapes():
     assert L.isfinite().all() and (L < 1e-20).all()
     with pytest.raises(AssertionError):
         vgrpo.surrogate(exact, x_0, t[:2], noise)
+    with pytest.raises(KeyError):
+        vgrpo.surrogate(exact, x_0, t, noise, "epsilon")
+    with pytest.raises(AssertionError):  # it would broadcast to (B, B)
+        vgrpo.vgrpo_loss(L, L, L[:, None])
 
 
 def gaussian_velocity(m, s):

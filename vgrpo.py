@@ -68,11 +68,11 @@ def flag(default, text: str):
 class MethodConfig:
     solver: Literal["dpm2", "euler"] = flag("dpm2", "ODE solver: DPM-Solver++(2M) or Euler")
     num_pairs: int = flag(4, "N, Monte Carlo pairs (t, noise) per image")
-    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "self-normalised x, or MSE")
+    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "x over its error, or MSE")
     group_shared_pairs: bool = flag(True, "all images of a prompt share one set of pairs")
     stratified: bool = flag(True, "one t from each of N chunks of the grid; off = uniform draws")
     soft_clip: float = flag(3.0, "eta of eta tanh(A / eta); 0 = off: advantages clamped at 5")
-    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy (x-space)")
+    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy (x-space); 0 in step 1")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model (v-space)")
 
 
@@ -102,17 +102,17 @@ class Config(MethodConfig):
     eval_steps: int = flag(40, "solver steps per evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
     # update
-    micro_batch: int = flag(4, "latents or transitions at a time in the update; sets memory only")
+    micro_batch: int = flag(4, "latents at a time in the update and the VAE; sets memory only")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off")
+    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off; 1 in the first step")
     # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
-    seed: int = flag(0, "seed of every random number")
+    seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
     eval_every: int = flag(10, "iterations between evaluations")
     eval_samples: int = flag(1, "images per evaluation prompt")
     save_every: int = flag(1, "iterations between checkpoints")
@@ -124,8 +124,8 @@ class Config(MethodConfig):
 
 SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
 MODEL_IDS = {"tiny": str(ROOT / "tiny_sd3"), "sd3": SD3, "flux": FLUX}
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # of other models: preset
-LARGEST = 1e30  # of a flag: its products are finite in fp32
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
+LARGEST = 1e30  # of a flag: finite in fp32, with room for a product
 MAY_BE_ZERO = "iterations seed weight_decay soft_clip clip_range kl_beta ref_kl_beta".split()
 PRESETS = {
     "tiny": dict(
@@ -198,7 +198,7 @@ def sigma_grid(num_steps: int, shift: float) -> Tensor:
 
 
 def generator_for(*draw: int | str) -> torch.Generator:
-    """CPU generator of a named draw, (seed, iteration, purpose, prompt slot, sample): its hash."""
+    """CPU generator of a draw, seeded by the hash of its name: (seed, iteration, "pairs", slot)."""
     digest = hashlib.sha256(repr(draw).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -235,8 +235,9 @@ class Model:
         self.cache: dict[str, tuple[Tensor, Tensor]] = {}
         self.vae = pipe.vae.to(device)
         self.transformer = pipe.transformer.requires_grad_(False)
-        self.initial, nets = None, [self.transformer]
-        if getattr(args, INITIAL_KL):  # the model before training; LoRA shares its frozen weights
+        nets = [self.transformer]
+        self.initial = None
+        if getattr(args, INITIAL_KL):  # the pipeline's own weights; LoRA shares them
             tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
             shared = {} if args.full else {id(tensor): tensor for tensor in tensors}
             self.initial = copy.deepcopy(self.transformer, shared)
@@ -291,14 +292,13 @@ class Model:
         for name in encoders if last else ():
             setattr(self.pipe, name, None)
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
         """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached.
         New ones are encoded while the encoders are there: see `cache_prompts`."""
         if not self.cache.keys() >= set(prompts):
             self.cache_prompts([*self.cache, *prompts])
         parts = zip(*[self.cache[prompt] for prompt in prompts], strict=True)
-        context, pooled = (torch.stack(part).to(self.device) for part in parts)
-        return context, pooled
+        return tuple(torch.stack(part).to(self.device) for part in parts)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
         """v(x_t, t) of the model, or of the initial one.
@@ -309,7 +309,7 @@ class Model:
         copies = len(x_t) // len(cond[0])
         context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         x, t = x_t.float(), t.float().expand(len(x_t))
-        half = context.dtype == torch.bfloat16
+        half = context.dtype == torch.bfloat16  # as load_model decides: on CUDA
         # no cache: it would keep a bf16 copy of every weight that FSDP2 gathers
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
@@ -360,7 +360,7 @@ class Model:
     def save(self, folder: Path) -> str:
         """Saves the weights (LoRA; --full: all) for diffusers; returns the line that loads them."""
         net, path = self.transformer, folder.as_posix()
-        weights = states.get_model_state_dict(net, options=WHOLE)
+        weights = states.get_model_state_dict(net, options=TO_FILE)
         if RANK > 0:
             return ""
         if self.args.full:
@@ -469,12 +469,10 @@ def draw_pairs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Monte Carlo pairs (t_j, noise_j) of the surrogate.   [V-GRPO, section 3]
     sigmas: (T + 1,) grid, its final 0 left out;  num_pairs: N, at most T if stratified
-    latent_shape: (C, H, W)
     stratified: one uniform draw from each of N consecutive chunks of the grid, else from all of it
-    group_shared: one set per prompt for all its samples, else one per sample
+    latent_shape: (C, H, W);  group_shared: one set per prompt for all its samples, else one each
     Returns t (P G, N) in (0, 1] and noise (P G, N, C, H, W), prompt-major, on the CPU.
-    Deviation: the released code shares one set across the batch; ours is per prompt, as the text.
-    """
+    Deviation: the released code has one set for the batch; ours is per prompt, as the text."""
     grid = sigmas[:-1].cpu()
     sets = num_prompts if group_shared else num_prompts * group_size
     copies = group_size if group_shared else 1
@@ -520,12 +518,13 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive") -> tuple[Tensor,
         z_t = (1 - t_j) * x_0 + t_j * noise[:, j]
         v = velocity_fn(z_t, t[:, j])
         x0_hat = z_t - t_j * v
+        x_error = x0_hat - x_0
         v_error = v - (noise[:, j] - x_0)
-        errors = {"v": v_error, "eps": (1 - t_j) * v_error}
-        error = errors.get(weighting, x0_hat - x_0).flatten(1)
+        errors = {"x": x_error, "v": v_error, "eps": (1 - t_j) * v_error, "adaptive": x_error}
+        error = errors[weighting].flatten(1)
         loss = error.square().mean(dim=1)
         if weighting == "adaptive":
-            normaliser = error.abs().mean(dim=1).clamp_min(1e-5)
+            normaliser = error.abs().mean(dim=1).clamp_min(1e-5)  # DiffusionNFT's value
             loss = loss / normaliser.detach()
         losses.append(loss)
         x0_hats.append(x0_hat)
@@ -544,19 +543,21 @@ def vgrpo_loss(
         ratio = exp(L_old - L_new)
         J = mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A))
         loss = -J + beta mean(D) + beta_ref mean(D_ref)
-    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps > 0, None = no clip
+    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps; None, 0 = no clip
     kl, ref_kl: (B,) D to the behaviour policy (x-space), to the initial model (v-space); None = 0
     Returns loss () and detached metrics.  Deviation: the last term is ours, off at beta_ref = 0."""
+    assert L_new.shape == L_old.shape == adv.shape, "an advantage for each surrogate"
     ratio = torch.exp(L_old - L_new)
-    clipped = ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
     policy = -torch.minimum(ratio * adv, clipped * adv).mean()
-    kl_term = 0.0 if kl is None else kl_beta * kl.mean()
-    ref_term = 0.0 if ref_kl is None else ref_kl_beta * ref_kl.mean()
+    none = torch.zeros_like(policy)
+    kl_term = none if kl is None else kl_beta * kl.mean()
+    ref_term = none if ref_kl is None else ref_kl_beta * ref_kl.mean()
     loss = policy + (kl_term + ref_term)
     metrics = {
         "loss/total": loss,
         "loss/policy": policy,
-        "loss/kl": loss - policy,
+        "loss/kl": kl_term + ref_term,
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max_dev": (ratio - 1).abs().max(),
         "policy/clip_frac": (clipped * adv < ratio * adv).to(adv.dtype).mean(),
@@ -570,14 +571,14 @@ def backward_pairs(velocity_fn, initial_fn, batch: Batch, args, share: float) ->
     L is a mean over pairs inside exp. So the chain rule is split: dloss/dL follows from the value
     of L alone, and weighs each pair's gradient. This equals loss.backward() over all pairs.
     With one step an iteration ratio = 1 and D = 0 whatever L is: no first pass is needed.
-    Returns L_old, L_new, D, D_ref as (4, B)."""
+    share: the batch's part of a gradient step.  Returns L_old, L_new, D, D_ref as (4, B)."""
     L_now = L_old = torch.zeros_like(batch.adv)
     if batch.L_old is not None:
         L_old = batch.L_old
         with torch.no_grad():
             L_now, _ = surrogate(velocity_fn, batch.x_0, batch.t, batch.noise, args.weighting)
     L_now = L_now.clone().requires_grad_()
-    policy_loss, _ = vgrpo_loss(L_now, L_old, batch.adv, args.clip_range or None)
+    policy_loss, _ = vgrpo_loss(L_now, L_old, batch.adv, args.clip_range)
     (slope,) = torch.autograd.grad(policy_loss, L_now)
     num_pairs = batch.t.shape[1]
     terms = batch.adv.new_zeros(3, len(batch.adv))  # L_new, D, D_ref
@@ -586,7 +587,7 @@ def backward_pairs(velocity_fn, initial_fn, batch: Batch, args, share: float) ->
         t, noise = batch.t[:, pair], batch.noise[:, pair]
         L, x0_hat = surrogate(velocity_fn, batch.x_0, t, noise, args.weighting)
         kl = ref_kl = torch.zeros_like(L)
-        if args.kl_beta and batch.x0_old is not None:
+        if batch.x0_old is not None:
             difference = (x0_hat - batch.x0_old[:, pair]).flatten(1)
             kl = difference.square().mean(dim=1)
         if args.ref_kl_beta:
@@ -633,16 +634,16 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
             terms[epoch, rows] = backward_pairs(velocity_fn, initial_fn, part, args, share).T
             if rows.stop % minibatch == 0:
                 step()
-    L_old, L_new, D, D_ref = gather(terms.flatten(0, 1)).T.contiguous()  # summed in order
+    L_old, L_new, D, D_ref = gather(terms.flatten(0, 1)).T.contiguous()  # each a row in memory
     adv = gather(batch.adv.repeat(args.update_epochs))
-    controls = (args.clip_range or None, D, args.kl_beta, D_ref, args.ref_kl_beta)
+    controls = (args.clip_range, D, args.kl_beta, D_ref, args.ref_kl_beta)
     return vgrpo_loss(L_new, L_old, adv, *controls)[1]
 
 
 # --------------------------------------------------------------------------- evaluation and images
 @torch.no_grad()
 def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
-    """Rewards of final latents, decoded and scored in micro-batches: no image is kept.
+    """Rewards of final latents, decoded and scored sample_batch at a time: no image is kept.
     x_0: (n, C, H, W);  lines: n prompt lines;  per_prompt: images of a prompt, one after the other
     Returns name -> (N,), those of all processes, prompt-major.  Raises UserError."""
     found = []
@@ -659,7 +660,7 @@ def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
 
 @torch.no_grad()
 def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
-    """Mean rewards, from the same noise at every evaluation, and samples/iter_XXXX.png.
+    """Mean rewards, from the same noise at every evaluation and seed; samples/iter_XXXX.png.
     Process r makes every WORLD_SIZE-th image from r on; where that does not divide, the first
     images are made twice and counted once."""
     total = len(lines) * args.eval_samples
@@ -679,18 +680,16 @@ def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
 
 # -------------------------------------------------------------------------- checkpoint and logging
 CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
-WHOLE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
+TO_FILE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
     flatten_optimizer_state_dict=True,
 )  # fmt: skip
-PARTS = states.StateDictOptions(  # and back; not strict, as frozen weights are not in the file
-    full_state_dict=True, ignore_frozen_params=True, strict=False
-)  # fmt: skip
+FROM_FILE = states.StateDictOptions(full_state_dict=True, strict=False)  # no frozen weights there
 
 
 def save_checkpoint(run_dir: Path, iteration: int, args, model: Model, optimizer) -> None:
     """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
-    weights, moments = states.get_state_dict(model.transformer, optimizer, options=WHOLE)
+    weights, moments = states.get_state_dict(model.transformer, optimizer, options=TO_FILE)
     if RANK > 0:
         return
     tensors = {name: value for name, value in weights.items() if name in model.trainable}
@@ -720,7 +719,7 @@ def read_checkpoint(run_dir: Path) -> dict:
 
 
 def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
-    """Restores weights, and the optimizer if one is given; returns the iteration.  UserError."""
+    """Restores weights, and an optimizer if given; returns the iteration.  Raises UserError."""
     state, net = read_checkpoint(run_dir), model.transformer
     saved = safetensors.torch.load_file(run_dir / CHECKPOINT)
     shapes = {name: weight.shape for name, weight in model.trainable.items()}
@@ -728,12 +727,13 @@ def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
     made = {key: state["config"][key] for key in ("model", "full", "lora_rank", "lora_alpha")}
     if not fits or (not made["full"] and made["lora_alpha"] != model.args.lora_alpha):
         fail(f"{run_dir} holds other weights, of a run with {made}.")
-    states.set_model_state_dict(net, saved, options=PARTS)
+    states.set_model_state_dict(net, saved, options=FROM_FILE)
     if optimizer:
-        here = states.get_optimizer_state_dict(net, optimizer)
-        for name, moments in here["state"].items():  # these dicts are the optimizer's own
-            here["state"][name] = {key: saved[f"state.{name}.{key}"] for key in moments}
-        states.set_optimizer_state_dict(net, optimizer, here, options=PARTS)
+        flat = states.StateDictOptions(flatten_optimizer_state_dict=True)
+        here = states.get_optimizer_state_dict(net, optimizer, options=flat)
+        states.set_optimizer_state_dict(net, optimizer, here | saved, options=FROM_FILE)
+        for moments in optimizer.state.values():  # off the file: Windows replaces no mapped one
+            moments.update({key: value.clone() for key, value in moments.items()})
     return state["iteration"]
 
 
@@ -847,8 +847,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)")
     reward_fns, reward_weights = rewards.load_rewards(args.reward)
     model = load_model(args, device)
-    weights, fused = model.trainable.values(), device.type == "cuda"
-    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=args.weight_decay, fused=fused)
+    options = {"weight_decay": args.weight_decay, "fused": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.trainable.values(), args.lr, **options)
     if args.start_from and not args.resume:
         load_checkpoint(Path(args.start_from), model)
     done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
@@ -914,7 +914,7 @@ def main(argv: list[str] | None = None) -> None:
     if RANK == 0:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         before, after = json.loads(lines[0]), json.loads(lines[-1])
-        for name in before.keys() - {"iteration"}:
+        for name in sorted(before.keys() - {"iteration"}):
             print(f"{name}: {before[name]:.3f} -> {after.get(name, math.nan):.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
     if dist.is_initialized():

@@ -785,3 +785,17 @@ def test_runs_start_and_save_without_resource_and_read_only_sync(tmp_path, scrip
     assert (tmp_path / "run" / script.CHECKPOINT).exists()
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["mem/peak_gib"] == 0
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files"
+)
+def test_a_loaded_checkpoint_is_not_held_open(tmp_path, script=vgrpo):
+    """Windows replaces no file that is mapped, and the next save replaces this one."""
+    run(tmp_path, "--iterations", "1", script=script)
+    args = script.parse_args(["--resume", str(tmp_path)])
+    model = script.load_model(args, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.trainable.values())
+    assert script.load_checkpoint(tmp_path, model, optimizer) == 1
+    assert len(optimizer.state) == len(model.trainable)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
