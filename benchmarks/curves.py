@@ -120,10 +120,15 @@ ABLATIONS = {  # panel -> label -> (name of the results, command)
             "abl-updates4_clip",
             V + "--num_minibatches 4 --clip_range 1e-2",
         ),
+        "4 updates, hard clamp 5 for the soft clip": (
+            "abl-updates4_hard",
+            V + "--num_minibatches 4 --soft_clip 0",
+        ),
         "4 updates, KL to behaviour 0.3": (
             "abl-updates4_kl",
             V + "--num_minibatches 4 --kl_beta 0.3",
         ),
+        "8 updates": ("abl-updates8", V + "--num_minibatches 8"),
         "8 updates, ratio clip 0.01": (
             "abl-updates8_clip",
             V + "--num_minibatches 8 --clip_range 1e-2",
@@ -492,7 +497,8 @@ def draw_curves(level: float, reduced: bool, path: Path) -> None:
         axis.set_xlabel(label)
         axis.axhline(level, color="black", linewidth=0.5, linestyle=":")
     axes[0].set_ylabel("eval/shapes")
-    axes[2].legend(title="method (seeds)", loc="lower right")
+    labels = axes[2].get_legend_handles_labels()
+    figure.legend(*labels, title="method (seeds)", loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

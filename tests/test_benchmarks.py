@@ -478,3 +478,11 @@ def test_faq_scores_are_what_the_results_say(name, metric):
     run = curves.load(ROOT / f"benchmarks/results/{name}.jsonl")
     row = " | ".join(f"{run[i][f'{metric}/shapes']:.3f}" for i in range(25, 151, 25))
     assert f"| {row} |" in DOCS
+
+
+@pytest.mark.parametrize("metric", ["eval", "eval_ema"])
+def test_faq_scores_of_the_average_are_what_the_results_say(metric):
+    """The FAQ's rows of five seeds of the default, after 50 iterations."""
+    found = curves.runs("ema_default")
+    row = " | ".join(f"{run[50][f'{metric}/shapes']:.3f}" for run in found)
+    assert len(found) == 5 and f"| {row} |" in DOCS
