@@ -847,7 +847,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)")
     reward_fns, reward_weights = rewards.load_rewards(args.reward)
     model = load_model(args, device)
-    options = {"weight_decay": args.weight_decay, "fused": device.type == "cuda"}
+    options: dict = {"weight_decay": args.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(model.trainable.values(), args.lr, **options)
     if args.start_from and not args.resume:
         load_checkpoint(Path(args.start_from), model)
