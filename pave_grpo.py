@@ -109,7 +109,7 @@ class Config(MethodConfig):
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off; 1 in the first step")
+    clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
     # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")

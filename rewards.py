@@ -606,8 +606,8 @@ BLIP = {  # the original BLIP's names to transformers', one pattern after the ot
 BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, layer_norm_eps=1e-6)
 BLIP_VISION |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16)
 BLIP_TEXT = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12)
-HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)  # larger images shrink to at most, smaller grow to
-# at least this: multiples of 28 px rarely meet it
+# larger images shrink to at most this, smaller ones grow to at least this
+HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)
 
 
 class ImageReward(torch.nn.Module):
@@ -949,9 +949,8 @@ def ask_judge(name: str, url: str, keys: tuple, body: dict | None = None) -> str
         except (OSError, ValueError, http.client.HTTPException) as error:  # silent, 5xx, not JSON
             code = getattr(error, "code", 500)
             if pause is None or (code < 500 and code != 429):
-                said = error.read(200) if hasattr(error, "read") else b""  # a reason, with 4xx
-                problem = f"{url} does not answer ({error}) {said!r}"
-                raise UserError(f"reward {name}: {problem}.") from error
+                said = f", {error.read(200)!r}" if hasattr(error, "read") else ""
+                raise UserError(f"reward {name}: {url} does not answer ({error}{said}).") from error
             time.sleep(pause)
     try:
         for entry in keys:

@@ -68,11 +68,11 @@ def flag(default, text: str):
 class MethodConfig:
     solver: Literal["dpm2", "euler"] = flag("dpm2", "ODE solver: DPM-Solver++(2M) or Euler")
     num_pairs: int = flag(4, "N, Monte Carlo pairs (t, noise) per image")
-    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "x over its error, or MSE")
+    weighting: Literal["adaptive", "x", "v", "eps"] = flag("adaptive", "self-normalised x, or MSE")
     group_shared_pairs: bool = flag(True, "all images of a prompt share one set of pairs")
     stratified: bool = flag(True, "one t from each of N chunks of the grid; off = uniform draws")
     soft_clip: float = flag(3.0, "eta of eta tanh(A / eta); 0 = off: advantages clamped at 5")
-    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy (x-space); 0 in step 1")
+    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, from the second step on")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model (v-space)")
 
 
@@ -109,7 +109,7 @@ class Config(MethodConfig):
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "ratio is clipped to 1 +- this; 0 = off; 1 in the first step")
+    clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
     # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
