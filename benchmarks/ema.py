@@ -5,9 +5,10 @@
     python benchmarks/ema.py --anneal                       # the learning rate falls to 0
 
 Without --anneal training is that of vgrpo.py, number by number: images come from the weights
-themselves, and the average is only looked at. It is diffusers' EMAModel, updated after each gradient step. The average
-of n steps has weight min(decay, (1 + n) / (10 + n)) in the next one. metrics.jsonl has its scores as
-eval_ema/*, and the grids of samples are the average's. The average itself is not saved.
+themselves, and the average is only looked at. It is diffusers' EMAModel, updated after each
+gradient step. The average of n steps has weight min(decay, (1 + n) / (10 + n)) in the next one.
+metrics.jsonl has its scores as eval_ema/*, and the grids of samples are the average's. The average
+itself is not saved, so neither it nor --anneal goes on after a --resume.
 """
 
 import argparse

@@ -468,6 +468,25 @@ def test_moving_average_is_looked_at_and_never_trained(monkeypatch):
         assert weight.item() == n + 1
 
 
+def test_annealed_learning_rate_falls_to_a_last_step_of_one_part(monkeypatch):
+    """Step n of N has (N + 1 - n) / N of the learning rate."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 1.0)
+    args = types.SimpleNamespace(lr=0.8, iterations=2, update_epochs=1, num_minibatches=2)
+    seen = []
+
+    def take_step(optimizer, args, norms):
+        norms.append(0.0)
+        seen.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(vgrpo, "optimizer_step", take_step)
+    monkeypatch.setattr(vgrpo, "evaluate", lambda *_: {})
+    ema.with_average(0.9, anneal=True)
+    norms = []
+    for _ in range(4):
+        vgrpo.optimizer_step(optimizer, args, norms)
+    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
 @pytest.mark.parametrize(
     "name, metric",
     [(f"all-prompts-150-s{seed}", "eval") for seed in range(3)]
