@@ -4,23 +4,42 @@
   python pave_grpo.py --model sd3                       SD3.5-Medium (or flux: FLUX.1-dev), GPU
   torchrun --nproc_per_node=8 pave_grpo.py --model sd3  the same run, its prompts split over eight
 
-Read METHOD (the paper), then main (its Algorithm 1). All else is the same in vgrpo.py.
+One iteration, by its functions (the paper's Algorithm 1):
+  sample        for each of P prompts, steps of an ODE solver, but stochastic at K of T steps:
+                    x_0, x_t, x_s = branch_rollout(...) or sde_rollout(...)
+  score         R = rewards of the decoded x_0
+  advantages    adv = (R - mean_group R) / std_group R, clamped
+  update        for each minibatch of whole groups, a micro-batch and a trained step at a time:
+                    transitions = decomposed_transitions(velocity_fn, x_t, ...)    k = 1 and k in S
+                    logp = score_transitions(transitions, x_s)       one gaussian_logp for each k
+                    loss = pave_loss(logp, logp_old, adv)
+                    loss.backward(); at the end of the minibatch, one step of AdamW
+                With one gradient step an iteration, logp_old is logp without gradient. With
+                several, it is computed for all transitions before the first.
 
-  t, sigma       (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0
-  dt             ()             sigma_next - sigma < 0
-  x_t, x_s, x_0  (B, C, H, W)   latents before and after a stochastic step, and at the end
-  v              (B, C, H, W)   velocity noise - x_0, what the network predicts
-  P, G, T, K                    prompts an iteration, samples a group, steps, trained steps
-  S, k                          x_t -> x_s is scored as k finer steps, for k = 1 and k in S
-  mean, std                     of the Gaussian p(x_s | x_t)
-  logp_new/_old  (1 + |S|, B)   its log-density under theta and theta_old
-  adv, ratio     (B,)           advantage; p_theta / p_old
+                  --rollout branch (released code)         --rollout sde (Algorithm 1)
+  starts          one noise a prompt: an ODE path          G noises a prompt: G paths
+  a group         G stochastic steps from the same x_t     the G paths of a prompt
+  adv of a step   that of its own branch's image           that of its path's image, at all K
+
+  t, sigma        (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0
+  x_t, x_s, x_0   (B, ...)       latents before and after a stochastic step, and at the end
+  v               (B, ...)       velocity noise - x_0, what the network predicts; ... is C, H, W
+  P, G, T, K, M                  prompts an iteration, samples a group, steps, trained steps;
+                                 samples a start and step: M = G branches, or M = 1 path
+  S, k                           x_t -> x_s is scored as k finer steps, for k = 1 and k in S
+  mean, std                      of the Gaussian p(x_s | x_t)
+  logp_new, _old  (1 + |S|, B)   its log-density under theta and theta_old
+  adv, ratio      (B,)           advantage; (1 + |S|, B) p_theta / p_old
 
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA. Latents,
 means, ratios and losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-densities
-are means over latent dimensions, never sums. All randomness comes from `generator_for`. Left
-out: ODE solvers but Euler (vgrpo.py), EMA, pipelines but SD3 and FLUX.
+are means over latent dimensions, never sums. All randomness comes from `generator_for`. Left out:
+ODE solvers but Euler (vgrpo.py), other pipelines than SD3 and FLUX.
+METHOD and main are the paper. The rest, from "command line" on, is the same in vgrpo.py.
 """
+
+from __future__ import annotations
 
 import copy
 import hashlib
@@ -30,56 +49,66 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as states
 from einops import rearrange, repeat
-from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import rewards
 from rewards import fail, group_advantages, load_prompts
 
-ROOT = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
 BAR_OFF = None if RANK == 0 else True  # None: bars are off when stderr is not a terminal
-VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
 
 
 # ------------------------------------------------------------------------------------------ config
-def flag(default, text: str):
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
+def flag(default, text):
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class MethodConfig:
     rollout: Literal["branch", "sde"] = flag("branch", "branches off one ODE path, or SDE paths")
-    sde_steps: list[int] = flag([0, 2, 4, 6], "the K trained, stochastic steps, from 0")
-    sde: Literal["flow", "cps"] = flag("flow", "stochastic step of Flow-GRPO or of Flow-CPS")
+    sde_steps: list[int] = field(
+        default_factory=lambda: [0, 2, 4, 6],
+        metadata={"help": "the K trained, stochastic steps, from 0; never the last, T - 1"},
+    )
+    transition: Literal["flow", "cps"] = flag("flow", "stochastic step: Flow-GRPO's, Flow-CPS's")
     eta: float = flag(0.8, "noise level of a stochastic step")
-    splits: list[int] = flag([2, 3], "S, the finer k to score; none given = Flow-GRPO")
+    splits: list[int] = field(
+        default_factory=lambda: [2, 3],
+        metadata={"help": "S, the finer k to score; none given = Flow-GRPO"},
+    )
     target: Literal["stored", "coupled"] = flag("stored", "for k > 1: x_s, or its noise on mean_k")
-    kl_beta: float = flag(0.0, "weight of the KL to the initial model, on transitions with k = 1")
+
+    def images_per_prompt(self):
+        """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
+        steps, splits = set(self.sde_steps), set(self.splits)
+        if not steps or len(steps) < len(self.sde_steps) or not steps <= set(range(self.steps - 1)):
+            fail(f"--sde_steps must be different numbers from 0 to {self.steps - 2}.")
+        if len(splits) < len(self.splits) or min(splits, default=2) < 2:
+            fail("--splits must be different integers of at least 2.")
+        if self.transition == "cps" and self.eta > 1:
+            fail("--eta must be at most 1 with --transition cps.")
+        if self.target == "coupled" and self.update_epochs * self.num_minibatches > 1:
+            fail("--target coupled needs one gradient step: --update_epochs 1 --num_minibatches 1.")
+        return self.group_size * (len(steps) if self.rollout == "branch" else 1)
 
 
 @dataclass
-class Config(MethodConfig):
-    """All flags. These defaults hold unless PRESETS replaces them for the chosen --model."""
-
+class Config(MethodConfig):  # these defaults hold unless PRESETS has another for the --model
     # model
     model: str = flag("tiny", "tiny, sd3, flux, a diffusers folder or hub id; picks the defaults")
     resolution: int = flag(512, "image height and width, px")
@@ -89,108 +118,60 @@ class Config(MethodConfig):
     lora_rank: int = flag(32, "LoRA rank")
     lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
     grad_checkpointing: bool = flag(False, "recompute activations backward: less memory, slower")
-    compile: bool = flag(False, "torch.compile the transformer block by block")
+    compile: bool = flag(False, "torch.compile the transformer's blocks; sd3, flux: on with CUDA")
     # data and rewards
     prompts: str = flag("prompts/general.txt", "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag("prompts/general.txt", "evaluation prompts, likewise")
     reward: str = flag("hpsv3=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
     # sampling
-    prompts_per_iter: int = flag(48, "P, prompts per iteration, all processes together")
+    prompts_per_iter: int = flag(48, "P, prompts an iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
-    sample_batch: int = flag(16, "images per call of network or rewards; branches: G at least")
-    steps: int = flag(40, "T, solver steps per training image")
-    eval_steps: int = flag(40, "solver steps per evaluation image")
+    sample_batch: int = flag(16, "images a call of network or rewards; branches: G at least")
+    steps: int = flag(40, "T, solver steps of a training image")
+    eval_steps: int = flag(40, "solver steps of an evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
     # update
-    micro_batch: int = flag(4, "latents at a time in the update and the VAE; sets memory only")
+    micro_batch: int = flag(4, "images, or starts of branches, a backward pass: sets memory only")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
-    num_minibatches: int = flag(1, "gradient steps per pass, each on whole groups")
+    num_minibatches: int = flag(1, "gradient steps a pass, each on whole groups")
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
     clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
+    ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model")
+    ema_decay: float = flag(0.0, "of the averaged weights, evaluated and saved; 0 = no average")
     # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
     eval_every: int = flag(10, "iterations between evaluations")
-    eval_samples: int = flag(1, "images per evaluation prompt")
+    eval_samples: int = flag(1, "images an evaluation prompt")
     save_every: int = flag(1, "iterations between checkpoints")
+    export_every: int = flag(0, "iterations between weights/iter_XXXX for diffusers; 0 = the end")
     tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go as well")
     run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME")
     resume: str = flag("", "run folder to continue, with its own flags unless they are given")
     start_from: str = flag("", "run folder whose trained weights a new run begins with")
 
 
-SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
-MODEL_IDS = {"tiny": str(ROOT / "tiny_sd3"), "sd3": SD3, "flux": FLUX}
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
-LARGEST = 1e30  # of a flag: finite in fp32, with room for a product
-MAY_BE_ZERO = "iterations seed weight_decay soft_clip clip_range kl_beta ref_kl_beta".split()
 PRESETS = {
     "tiny": dict(
         prompts="prompts/shapes_train.jsonl", eval_prompts="prompts/shapes_test.jsonl",
         reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=8,
         group_size=12, sample_batch=96, micro_batch=96, steps=10, eval_steps=10, eval_samples=4,
-        iterations=80, lr=2e-4, sde="cps",
-    ),
+        iterations=80, lr=2e-4, transition="cps"),
     "sd3": dict(
-        guidance_scale=4.5, prompts_per_iter=16, micro_batch=1, steps=16, clip_range=1e-4,
-        kl_beta=0.01, grad_checkpointing=True,
-    ),
+        guidance_scale=4.5, prompts_per_iter=16, steps=16, clip_range=1e-4, ref_kl_beta=0.01,
+        grad_checkpointing=True, compile=CUDA, ema_decay=0.9),
     "flux": dict(
-        guidance_scale=3.5, lora_rank=64, lora_alpha=128, grad_checkpointing=True,
-        prompts_per_iter=8, group_size=12, micro_batch=1, steps=16,
-        eval_steps=28, iterations=300, lr=1e-4,
-    ),
+        guidance_scale=3.5, lora_rank=64, lora_alpha=128, grad_checkpointing=True, compile=CUDA,
+        prompts_per_iter=8, group_size=12, steps=16, eval_steps=28, iterations=300, lr=1e-4,
+        ema_decay=0.9),
 }  # fmt: skip
 
 
-def parse_args(argv: list[str] | None = None) -> Config:
-    """Reads the flags: --model, or the run to --resume, picks the defaults.  Raises UserError."""
-    from transformers import HfArgumentParser
-
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(Config, usage="%(prog)s [flags]", description=__doc__.split("\n")[0])
-    parser.error = fail  # type: ignore[method-assign]  # one sentence, no usage text
-    for action in parser._actions:
-        if action.nargs == "+":
-            action.nargs = "*"  # a list may be empty: --splits alone is Flow-GRPO
-    no_help = [word for word in argv if word not in ("-h", "--help")]
-    chosen, _ = parser.parse_known_args(no_help)
-    parser.set_defaults(**default_flags(chosen.model, chosen.resume))
-    args = Config(**vars(parser.parse_args(argv)))
-    for name, value in vars(args).items():
-        may_be_zero = name in MAY_BE_ZERO and value == 0
-        if type(value) in (int, float) and not (may_be_zero or 0 < value < LARGEST):
-            fail(f"--{name} is {value}; it must be positive and less than {LARGEST}.")
-    if args.group_size < 2:
-        fail("--group_size must be at least 2: advantages compare the images of a group.")
-    if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
-        fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
-    if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
-        fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
-    if args.start_from and not args.resume:
-        read_checkpoint(Path(args.start_from))
-    if args.tracker != "none" and not (find_spec(args.tracker) and find_spec("tensorboard")):
-        fail(f"--tracker {args.tracker} needs its package: pip install tensorboard wandb.")
-    images_per_prompt(args)  # checks the method's flags
-    return args
-
-
-def default_flags(model: str, resume: str):
-    """Defaults of the model's preset, or the flags of the run to resume.  Raises UserError."""
-    if resume:
-        return read_checkpoint(Path(resume))["config"]
-    if model not in PRESETS:
-        from diffusers import DiffusionPipeline
-
-        model = CLASSES.get(DiffusionPipeline.load_config(model).get("_class_name"), "")
-    return PRESETS.get(model) or fail("--model is neither an SD3 nor a FLUX pipeline.")
-
-
-# -------------------------------------------------------------------------------------- sigma grid
-def sigma_grid(num_steps: int, shift: float) -> Tensor:
+# ----------------------------------------------------------------------- sigma grid and generators
+def sigma_grid(num_steps, shift):
     """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
     num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
@@ -199,245 +180,30 @@ def sigma_grid(num_steps: int, shift: float) -> Tensor:
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
-def generator_for(*draw: int | str) -> torch.Generator:
+def generator_for(*draw):
     """CPU generator of a draw, seeded by the hash of its name: (seed, iteration, "pairs", slot)."""
     digest = hashlib.sha256(repr(draw).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def micro_batches(total: int, size: int, label: str, block: int | None = None):
-    """Slices of at most `size` that cover range(total), none across a multiple of `block`."""
-    block = block or total
-    with tqdm(total=total, desc=label, leave=False, disable=BAR_OFF) as bar:
-        for start in range(0, total, block):
-            for first in range(start, start + block, size):
-                stop = min(first + size, start + block)
-                yield slice(first, stop)
-                bar.update(stop - first)
-
-
-# ------------------------------------------------------------------------------------------- model
-ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
-
-
-class Model:
-    """A diffusers SD3 or FLUX pipeline as the method needs it."""
-
-    def __init__(self, pipe, args: Config, device: torch.device):
-        unit = 2 * pipe.vae_scale_factor  # the transformer's patches are 2 x 2 latents
-        most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
-        if args.resolution % unit or args.resolution > most:
-            fail(f"--resolution must be a multiple of {unit} px, and at most {most}.")
-        side = args.resolution // pipe.vae_scale_factor
-        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
-        self.pipe, self.args, self.device = pipe, args, device
-        self.is_flux = type(pipe).__name__ == "FluxPipeline"
-        self.evaluations = 0  # latents that went through the transformer, for nfe/*
-        self.cache: dict[str, tuple[Tensor, Tensor]] = {}
-        self.vae = pipe.vae.to(device)
-        self.transformer = pipe.transformer.requires_grad_(False)
-        nets = [self.transformer]
-        self.initial = None
-        if getattr(args, INITIAL_KL):  # the pipeline's own weights; LoRA shares them
-            tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
-            shared = {} if args.full else {id(tensor): tensor for tensor in tensors}
-            self.initial = copy.deepcopy(self.transformer, shared)
-            nets.append(self.initial)
-        self.transformer.requires_grad_(args.full)
-        for net in nets:
-            blocks = [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
-            if args.full and WORLD_SIZE > 1:
-                for part in [*blocks, net]:
-                    fully_shard(part)
-                net.float()  # the shards: fully_shard has copied them out of the file
-            if args.compile:
-                for block in blocks:
-                    block.compile()
-            net.to(device)
-        if not args.full:
-            self.add_lora()
-        named = self.transformer.named_parameters()
-        self.trainable = {name: weight for name, weight in named if weight.requires_grad}
-        if args.grad_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-
-    def add_lora(self) -> None:
-        """LoRA on attention and FLUX's feed-forward, fp32: bf16 would round its updates away."""
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
-        layers = ATTENTION + FEED_FORWARD if self.is_flux else ATTENTION
-        sizes = {"r": self.args.lora_rank, "lora_alpha": self.args.lora_alpha}
-        config = LoraConfig(target_modules=layers, init_lora_weights="gaussian", **sizes)
-        with torch.random.fork_rng([]):  # peft draws from the global generator
-            torch.manual_seed(generator_for(self.args.seed, "lora").initial_seed())
-            self.transformer.add_adapter(config)
-        cast_training_params(self.transformer)
-
-    @torch.no_grad()
-    def cache_prompts(self, prompts: list[str], last: bool = False) -> None:
-        """Keeps these prompts' encodings, 3 to 4 MB each, in host memory, and drops all others.
-        The encoders (T5: 9.5 GB) visit the device for what is new; after the last, they go."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        self.cache = {prompt: self.cache[prompt] for prompt in prompts if prompt in self.cache}
-        parts = self.pipe.components.items()
-        encoders = {name: part for name, part in parts if name.startswith("text_encoder")}
-        options = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
-        if not self.is_flux:
-            options |= {"prompt_3": None, "do_classifier_free_guidance": False}
-        with rewards.visiting(encoders.values() if new else [], self.device):
-            for prompt in new:
-                encoded = self.pipe.encode_prompt(prompt, None, **options)
-                context, pooled = encoded[0], encoded[1 if self.is_flux else 2]
-                self.cache[prompt] = context[0].cpu(), pooled[0].cpu()
-        for name in encoders if last else ():
-            setattr(self.pipe, name, None)
-
-    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Conditioning of B prompts: context (B, S, D) and pooled (B, E), cached.
-        New ones are encoded while the encoders are there: see `cache_prompts`."""
-        if not self.cache.keys() >= set(prompts):
-            self.cache_prompts([*self.cache, *prompts])
-        parts = zip(*[self.cache[prompt] for prompt in prompts], strict=True)
-        return tuple(torch.stack(part).to(self.device) for part in parts)
-
-    def velocity(self, x_t: Tensor, t: Tensor, cond, initial: bool = False) -> Tensor:
-        """v(x_t, t) of the model, or of the initial one.
-        x_t: (n B, C, H, W);  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts
-        Returns v like x_t. If the text encoders are bf16 (CUDA), the transformer autocasts."""
-        self.evaluations += len(x_t)
-        net = self.initial if initial else self.transformer
-        copies = len(x_t) // len(cond[0])
-        context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
-        x, t = x_t.float(), t.float().expand(len(x_t))
-        half = context.dtype == torch.bfloat16  # as load_model decides: on CUDA
-        # no cache: it would keep a bf16 copy of every weight that FSDP2 gathers
-        with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
-            if self.is_flux:
-                v = self.flux_velocity(net, x, t, context, pooled)
-            else:
-                v = net(x, context, pooled, timestep=1000 * t).sample
-        return v.to(x_t.dtype)
-
-    def flux_velocity(self, net, x, t, context, pooled) -> Tensor:
-        """FLUX sees 2 x 2 latents as one token at (0, row, column); it multiplies t by 1000."""
-        h, w = x.shape[2] // 2, x.shape[3] // 2
-        axes = [torch.arange(length, device=x.device) for length in (1, h, w)]
-        img_ids = torch.cartesian_prod(*axes).to(x)
-        txt_ids = x.new_zeros(context.shape[1], 3)
-        scale = torch.full_like(t, self.args.guidance_scale)
-        guidance = scale if net.config.guidance_embeds else None
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-        v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
-        return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
-
-    def velocity_fn(self, lines: list[dict], initial: bool = False) -> VelocityFn:
-        """velocity_fn(x, t) -> v for these prompts, with classifier-free guidance if asked for."""
-        cond = self.encode([line["prompt"] for line in lines])
-        scale = self.args.guidance_scale
-        if scale <= 1 or self.is_flux:
-            return partial(self.velocity, cond=cond, initial=initial)
-        empty = self.encode([""])
-
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            v = self.velocity(x, t, cond, initial)
-            return scale * v + (1 - scale) * self.velocity(x, t, empty, initial)
-
-        return guided
-
-    def noise(self, draws: list[tuple]) -> Tensor:
-        """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
-        latents = [torch.randn(self.latent_shape, generator=generator_for(*draw)) for draw in draws]
-        return torch.stack(latents).to(self.device)
-
-    @torch.no_grad()
-    def decode(self, x_0: Tensor) -> Tensor:
-        """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]; the VAE is fp32."""
-        z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        parts = z.split(self.args.micro_batch)
-        images = torch.cat([self.vae.decode(part).sample for part in parts])
-        return (images / 2 + 0.5).clamp(0, 1)
-
-    def save(self, folder: Path) -> str:
-        """Saves the weights (LoRA; --full: all) for diffusers; returns the line that loads them."""
-        net, path = self.transformer, folder.as_posix()
-        weights = states.get_model_state_dict(net, options=TO_FILE)
-        if RANK > 0:
-            return ""
-        if self.args.full:
-            (folder / "transformer").mkdir(exist_ok=True)
-            config = net.to_json_string().replace('"FSDP', '"')  # fully_shard renames the class
-            (folder / "transformer/config.json").write_text(config)
-            file = folder / "transformer/diffusion_pytorch_model.safetensors"
-            safetensors.torch.save_file(weights, file, {"format": "pt"})
-            load = f'from_pretrained("{path}/transformer", torch_dtype=pipe.dtype)'
-            return f"pipe.transformer = type(pipe.transformer).{load}"
-        layers = {name.replace(".default.", "."): weights[name] for name in self.trainable}
-        metadata = net.peft_config["default"].to_dict()  # holds rank and alpha
-        self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
-        return f'pipe.load_lora_weights("{path}")'
-
-
-def load_model(args: Config, device: torch.device) -> Model:
-    """Loads --model: bf16 on CUDA, fp32 on the CPU; the VAE and what --full trains are fp32."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    path = MODEL_IDS.get(args.model, args.model)
-    parts = diffusers.DiffusionPipeline.load_config(path)
-    t5 = ("text_encoder_3", "tokenizer_3")  # the one encoder that a pipeline may lack
-    absent = {name: None for name in t5 if parts.get(name) == [None, None]}
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
-    dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
-        pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
-    except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
-        fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
-    return Model(pipe, args, device)
-
-
 # ------------------------------------------------------------------------------------------ METHOD
-INITIAL_KL = "kl_beta"  # the flag that needs the initial model
-
-
-def images_per_prompt(args) -> int:
-    """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
-    trained, splits = set(args.sde_steps), set(args.splits)
-    noisy = range(args.steps - 1)  # the last step ends at 0, without noise
-    if not trained or len(trained) < len(args.sde_steps) or not trained <= set(noisy):
-        fail(f"--sde_steps must be different numbers from 0 to {args.steps - 2}.")
-    if len(splits) < len(args.splits) or min(splits, default=2) < 2:
-        fail("--splits must be different integers of at least 2.")
-    if args.sde == "cps" and args.eta > 1:
-        fail("--eta must be at most 1 with --sde cps.")
-    if args.target == "coupled" and args.update_epochs * args.num_minibatches > 1:
-        fail("--target coupled needs one gradient step: --update_epochs 1 --num_minibatches 1.")
-    return args.group_size * (len(trained) if args.rollout == "branch" else 1)
-
-
 @dataclass
 class Batch:
     """What one iteration holds on this process: transitions from n starts, prompt-major."""
 
     lines: list[dict]  # n prompt lines, one a start: a prompt (branch), a sample (sde)
-    x_0: Tensor  # (n, K G, C, H, W) final latents of branches, (n, 1, C, H, W) of paths
-    x_t: Tensor  # (n, K, C, H, W) before each stochastic step
-    x_s: Tensor  # (n, K, M, C, H, W) after it: M = G branches, or M = 1 path
-    adv: Tensor | None = None  # (n, K, M) advantages
-    logp_old: Tensor | None = None  # (n, K, M, 1 + |S|); None: theta is theta_old
+    x_0: object  # (n, K G, C, H, W) final latents of branches, (n, 1, C, H, W) of paths
+    x_t: object  # (n, K, C, H, W) before each stochastic step
+    x_s: object  # (n, K, M, C, H, W) after it: M = G branches, or M = 1 path
+    adv: object = None  # (n, K, M) advantages
+    logp_old: object = None  # (n, K, M, 1 + |S|); None: theta is theta_old
 
     def __getitem__(self, rows: slice) -> "Batch":
         fields = vars(self).values()
         return Batch(*[None if held is None else held[rows] for held in fields])
 
 
-def ode_path(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> list[Tensor]:
+def ode_path(velocity_fn: object, x: object, sigmas: object) -> list[object]:
     """States of the flow ODE by Euler's method, x <- x + dt v, at each of sigmas.
     x: (B, C, H, W) at sigmas[0];  sigmas: (T + 1,) decreasing.  Returns T + 1 states, from x."""
     path = [x]
@@ -448,10 +214,10 @@ def ode_path(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> list[Tensor]
 
 
 @torch.no_grad()
-def generate(model: Model, lines, draws, sigmas, args) -> Tensor:
+def generate(model: Model, lines, draws, sigmas, args) -> object:
     """Final latents (n, C, H, W) of n prompts from n named noises, in micro-batches."""
     x_0 = []
-    for part in micro_batches(len(lines), args.sample_batch, "sample"):
+    for part in batches(len(lines), "sample", args.sample_batch):
         velocity_fn, noise = model.velocity_fn(lines[part]), model.noise(draws[part])
         x_0.append(ode_path(velocity_fn, noise, sigmas)[-1])
     return torch.cat(x_0)
@@ -481,7 +247,7 @@ def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow") -> tuple:
     return (1 - sigma_next) * x0_hat + rest * x1_hat, std
 
 
-def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def gaussian_logp(x: object, mean: object, std: object) -> object:
     """Log-density of a stochastic step, averaged over latent dimensions.   [Alg. 1]
         logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
     x, mean: (B, C, H, W) fp32;  std > 0: broadcastable
@@ -495,7 +261,7 @@ def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def decomposed_transitions(
     velocity_fn, x_t, sigma, sigma_next, splits: list[int], eta, sigma_1, kind="flow"
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[object, object]]:
     """The coarse transition x_t -> x_s as k - 1 ODE sub-steps, then a stochastic one.   [Eq. 9]
         h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h) for j < k - 1
         p^(k)(x_s | x_t) = N(mean, std) of sde_step from y_k-1 at sigma + (k - 1) h to sigma_next
@@ -558,7 +324,7 @@ def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -
 
 
 @torch.no_grad()
-def sample(model: Model, prompts, sigmas, args, iteration) -> Batch:
+def sample(model: Model, prompts, sigmas, args, iteration):
     """Groups of transitions from each prompt: branches off one ODE path, or G SDE paths.
     prompts: slot -> prompt line, the slots of this process;  sigmas: (T + 1,)"""
     draw, group = (args.seed, iteration), range(args.group_size)
@@ -570,19 +336,19 @@ def sample(model: Model, prompts, sigmas, args, iteration) -> Batch:
     steps = list(itertools.product(range(len(args.sde_steps)), range(samples)))
     lines = [prompts[slot] for slot, *_ in starts]
     found = []
-    for part in micro_batches(len(starts), max(1, args.sample_batch // samples), "sample"):
+    for part in batches(len(starts), "sample", max(1, args.sample_batch // samples)):
         x = model.noise([(*draw, "noise", *start) for start in starts[part]])
         names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
         noise = rearrange(model.noise(names), "(n i m) ... -> n i m ...", n=len(x), m=samples)
         inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
-        found.append(rollout(*inputs, args.eta, args.sde))
+        found.append(rollout(*inputs, args.eta, args.transition))
     x_0, x_t, x_s = map(torch.cat, zip(*found, strict=True))
     return Batch(lines, rearrange(x_0, "n ... c h w -> n (...) c h w"), x_t, x_s)
 
 
 def pave_loss(
     logp_new, logp_old, adv, clip_range=None, kl=None, kl_beta=0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[object, dict[str, object]]:
     """Negative Pave-GRPO objective; without splits, Flow-GRPO's.   [Eq. 10, Alg. 1]
         ratio_k = exp(logp_new_k - logp_old_k)
         J_k = mean(min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A))
@@ -618,10 +384,10 @@ def log_densities(velocity_fn, batch: Batch, at: int, args, splits) -> tuple:
     sigmas = sigma_grid(args.steps, args.shift).to(batch.x_t)
     sigma, sigma_next = sigmas[args.sde_steps[at] :][:2]
     inputs = (velocity_fn, batch.x_t[:, at], sigma, sigma_next, splits)
-    transitions = decomposed_transitions(*inputs, args.eta, sigmas[1], args.sde)
+    transitions = decomposed_transitions(*inputs, args.eta, sigmas[1], args.transition)
     x_s = batch.x_s[:, at]
     x = x_s.flatten(0, 1)
-    logps: list[Tensor] = []
+    logps: list[object] = []
     for mean, std in transitions:
         mean = repeat(mean, "b ... -> (b m) ...", m=x_s.shape[1])
         if not logps:
@@ -632,7 +398,7 @@ def log_densities(velocity_fn, batch: Batch, at: int, args, splits) -> tuple:
     return torch.stack(logps), *transitions[0]
 
 
-def backward_transition(velocity_fn, initial_fn, batch: Batch, at: int, args, share) -> Tensor:
+def backward_transition(velocity_fn, initial_fn, batch: Batch, at: int, args, share) -> object:
     """Adds the gradient of share * pave_loss of trained step number `at` of B starts.
     KL = mean_d (mean - mean_ref)^2 / (2 std^2), on k = 1, to the initial model
     share: their part of a step.  Returns logp_old, logp_new and the KL, (B, M, 3 + 2 |S|)."""
@@ -642,13 +408,13 @@ def backward_transition(velocity_fn, initial_fn, batch: Batch, at: int, args, sh
     if batch.logp_old is not None:
         logp_old = rearrange(batch.logp_old[:, at], "b m s -> s (b m)")
     kl = torch.zeros_like(adv).flatten()
-    if args.kl_beta:
+    if args.ref_kl_beta:
         with torch.no_grad():
             _, mean_ref, _ = log_densities(initial_fn, batch, at, args, [])
         difference = (mean - mean_ref) ** 2 / (2 * std**2)
         kl = difference.flatten(1).mean(dim=1)
         kl = kl.repeat_interleave(adv.shape[1])
-    loss, _ = pave_loss(logp, logp_old, adv.flatten(), args.clip_range, kl, args.kl_beta)
+    loss, _ = pave_loss(logp, logp_old, adv.flatten(), args.clip_range, kl, args.ref_kl_beta)
     (share * loss).backward()
     terms = torch.cat([logp_old, logp, kl[None]]).detach()
     return rearrange(terms, "s (b m) -> b m s", m=adv.shape[1])
@@ -659,7 +425,7 @@ def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
     """Log-densities of theta_old, in the update's micro-batches: the first ratio is 1 exactly."""
     starts, trained, samples = batch.adv.shape
     logp_old = batch.adv.new_empty(starts, trained, samples, 1 + len(args.splits))
-    for rows in micro_batches(starts, args.micro_batch, "theta_old", minibatch):
+    for rows in batches(starts, "theta_old", args.micro_batch, minibatch):
         part = batch[rows]
         velocity_fn = model.velocity_fn(part.lines)
         for at in range(trained):
@@ -668,7 +434,7 @@ def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
     batch.logp_old = logp_old
 
 
-def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor]:
+def update(model: Model, batch: Batch, args, step: object) -> dict[str, object]:
     """Gradient steps on the stored transitions: update_epochs passes over the minibatches.
     batch: with adv;  step: one optimizer step on the gradients so far, which it sets to zero
     Returns the metrics of all transitions of all processes in every pass."""
@@ -679,7 +445,7 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
     kept = 3 + 2 * len(args.splits)  # logp_old of each k, logp_new of each k, KL
     terms = batch.adv.new_zeros(args.update_epochs, *batch.adv.shape, kept)
     for epoch in range(args.update_epochs):
-        for rows in micro_batches(starts, args.micro_batch, "update", minibatch):
+        for rows in batches(starts, "update", args.micro_batch, minibatch):
             part = batch[rows]
             velocity_fn = model.velocity_fn(part.lines)
             initial_fn = model.velocity_fn(part.lines, initial=True)
@@ -692,279 +458,66 @@ def update(model: Model, batch: Batch, args, step: Callable) -> dict[str, Tensor
     *logps, kl = gather(terms.flatten(0, 3)).T.contiguous()  # each a row in memory
     logp_old, logp_new = torch.stack(logps).chunk(2)
     adv = gather(batch.adv.flatten().repeat(args.update_epochs))
-    return pave_loss(logp_new, logp_old, adv, args.clip_range, kl, args.kl_beta)[1]
-
-
-# --------------------------------------------------------------------------- evaluation and images
-@torch.no_grad()
-def score(model: Model, x_0, lines, reward_fns, args, per_prompt=1) -> dict:
-    """Rewards of final latents, decoded and scored sample_batch at a time: no image is kept.
-    x_0: (n, C, H, W);  lines: n prompt lines;  per_prompt: images of a prompt, one after the other
-    Returns name -> (N,), those of all processes, prompt-major.  Raises UserError."""
-    found = []
-    with rewards.visiting(reward_fns.values(), model.device):
-        for rows in micro_batches(len(lines), args.sample_batch, "reward"):
-            images = model.decode(x_0[rows])
-            found.append(rewards.compute_rewards(reward_fns, images, lines[rows]))
-    scores = {}
-    for name in reward_fns:
-        here = torch.cat([part[name] for part in found])
-        scores[name] = gather(here.view(-1, per_prompt)).flatten()
-    return scores
-
-
-@torch.no_grad()
-def evaluate(model: Model, args, lines, reward_fns, run_dir, iteration) -> dict:
-    """Mean rewards, from the same noise at every evaluation and seed; samples/iter_XXXX.png.
-    Process r makes every WORLD_SIZE-th image from r on; where that does not divide, the first
-    images are made twice and counted once."""
-    total = len(lines) * args.eval_samples
-    padded = math.ceil(total / WORLD_SIZE) * WORLD_SIZE
-    here = [divmod(i % total, len(lines)) for i in range(RANK, padded, WORLD_SIZE)]
-    prompts = [lines[number] for _, number in here]
-    draws = [("eval", number, sample) for sample, number in here]
-    sigmas = sigma_grid(args.eval_steps, args.shift).to(model.device)
-    x_0 = generate(model, prompts, draws, sigmas, args)
-    scores = score(model, x_0, prompts, reward_fns, args)
-    if RANK == 0:
-        captions = [line["prompt"] for line in prompts[:12]]
-        grid = rewards.image_grid(model.decode(x_0[:12]), captions)
-        grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    return {f"eval/{name}": scores[name][:total].mean().item() for name in scores}
-
-
-# -------------------------------------------------------------------------- checkpoint and logging
-CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
-TO_FILE = states.StateDictOptions(  # sharded or not: whole tensors, in process 0's host memory
-    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
-    flatten_optimizer_state_dict=True,
-)  # fmt: skip
-FROM_FILE = states.StateDictOptions(full_state_dict=True, strict=False)  # no frozen weights there
-
-
-def save_checkpoint(run_dir: Path, iteration: int, args, model: Model, optimizer) -> None:
-    """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
-    weights, moments = states.get_state_dict(model.transformer, optimizer, options=TO_FILE)
-    if RANK > 0:
-        return
-    tensors = {name: value for name, value in weights.items() if name in model.trainable}
-    tensors |= {name: value for name, value in moments.items() if torch.is_tensor(value)}
-    state = {"iteration": iteration, "config": vars(args)}
-    path = run_dir / CHECKPOINT
-    new = path.with_suffix(".new")
-    safetensors.torch.save_file(tensors, new, {"state": json.dumps(state)})
-    with new.open("r+b") as file:  # Windows syncs only what is open for writing
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def read_checkpoint(run_dir: Path) -> dict:
-    """The JSON of a checkpoint: its iteration, its flags as "config".  Raises UserError."""
-    path = run_dir / CHECKPOINT
-    if not path.exists():
-        fail(f"{run_dir} holds no checkpoint; a run that saved none starts again with --run_dir.")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-        int(state["iteration"])
-        Config(**state["config"])  # a TypeError names a flag that is not of this script
-        return state
-    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        fail(f"{path} is damaged or another script's ({error}).")
-
-
-def load_checkpoint(run_dir: Path, model: Model, optimizer=None) -> int:
-    """Restores weights, and an optimizer if given; returns the iteration.  Raises UserError."""
-    state, net = read_checkpoint(run_dir), model.transformer
-    saved = safetensors.torch.load_file(run_dir / CHECKPOINT)
-    shapes = {name: weight.shape for name, weight in model.trainable.items()}
-    fits = all(name in saved and saved[name].shape == shapes[name] for name in shapes)
-    made = {key: state["config"][key] for key in ("model", "full", "lora_rank", "lora_alpha")}
-    if not fits or (not made["full"] and made["lora_alpha"] != model.args.lora_alpha):
-        fail(f"{run_dir} holds other weights, of a run with {made}.")
-    states.set_model_state_dict(net, saved, options=FROM_FILE)
-    if optimizer:
-        flat = states.StateDictOptions(flatten_optimizer_state_dict=True)
-        here = states.get_optimizer_state_dict(net, optimizer, options=flat)
-        states.set_optimizer_state_dict(net, optimizer, here | saved, options=FROM_FILE)
-        for moments in optimizer.state.values():  # off the file: Windows replaces no mapped one
-            moments.update({key: value.clone() for key, value in moments.items()})
-    return state["iteration"]
-
-
-def open_run(args: Config, done: int) -> tuple[Path, Callable]:
-    """The run's folder, and what records metrics there and for --tracker; only rank 0 writes.
-    After a resume, lines newer than the checkpoint are dropped: one line an iteration, from 0."""
-    name = f"{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}"
-    new = f"runs/{name}-{time.strftime('%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.run_dir or new)
-    if RANK > 0:
-        return run_dir, lambda metrics: None
-    for folder in ("samples", "checkpoint"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if done else []
-    path.write_bytes(b"".join(lines[: done + 1]))
-    log = path.open("a", buffering=1, newline="\n")
-    if args.tracker == "wandb":
-        import wandb
-
-        wandb.init(dir=run_dir, config=vars(args), sync_tensorboard=True)  # it reads along
-    if args.tracker != "none":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(run_dir))
-
-    def record(metrics: dict) -> None:
-        print(json.dumps(metrics), file=log)
-        if args.tracker != "none":
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, metrics["iteration"])
-
-    return run_dir, record
-
-
-@contextmanager
-def stage(name: str, model: Model, metrics: dict, images: int):
-    """Measures what runs inside: time/NAME, s, and nfe/NAME, network evaluations an image."""
-    started, evaluations = time.perf_counter(), model.evaluations
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    metrics[f"time/{name}"] = time.perf_counter() - started
-    if model.evaluations > evaluations:
-        metrics[f"nfe/{name}"] = (model.evaluations - evaluations) / images
-
-
-# ------------------------------------------------------------------------------------- distributed
-def start_processes() -> torch.device:
-    """Joins torchrun's processes, if there are any; returns this one's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        options = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
-        dist.init_process_group(timeout=timedelta(hours=4), **options)  # slow rewards, big saves
-    return device
-
-
-def gather(here: Tensor) -> Tensor:
-    """Rows of all processes, (n, ...) -> (N, ...): row i of process r becomes i WORLD_SIZE + r."""
-    everyone = here.new_zeros(len(here) * WORLD_SIZE, *here.shape[1:])
-    everyone[RANK::WORLD_SIZE] = here
-    if WORLD_SIZE > 1:
-        dist.all_reduce(everyone)
-    return everyone
-
-
-def optimizer_step(optimizer, args: Config, norms: list[float]) -> None:
-    """One step on gradients averaged over processes and clipped; none if they are not finite.
-    norms: of the gradients so far; this one's is added.  Raises UserError at three bad in a row."""
-    weights = optimizer.param_groups[0]["params"]
-    if WORLD_SIZE > 1 and not args.full:  # --full: FSDP2 averages them in the backward pass
-        for weight in weights:
-            dist.all_reduce(weight.grad)
-            weight.grad /= WORLD_SIZE
-    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    norms.append(norm.item())
-    if math.isfinite(norms[-1]):
-        optimizer.step()
-    elif len(norms) > 2 and not any(map(math.isfinite, norms[-3:])):
-        fail("three gradients in a row were not finite; continue before them with a lower --lr.")
-    optimizer.zero_grad()
+    return pave_loss(logp_new, logp_old, adv, args.clip_range, kl, args.ref_kl_beta)[1]
 
 
 # -------------------------------------------------------------------------------------------- main
-ENCODED_AHEAD = 1000  # prompts at a time; a file of no more is encoded whole: 4 GB
-
-
-def prompt_schedule(lines: list[dict], args: Config) -> list[dict]:
-    """The prompts of all iterations: reshuffled passes over the prompt file."""
-    schedule: list[dict] = []
-    total = args.iterations * args.prompts_per_iter
-    while len(schedule) < total:
-        generator = generator_for(args.seed, len(schedule) // len(lines), "prompts")
-        schedule += [lines[i] for i in torch.randperm(len(lines), generator=generator)]
-    return schedule[:total]
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv):
     args = parse_args(argv)
-    device = start_processes()
+    device = start_processes(args)
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
-    P, images = args.prompts_per_iter, images_per_prompt(args)
-    steps = args.update_epochs * args.num_minibatches
-    if RANK == 0:
-        sizes = f"{P} prompts x {images} images and {steps} gradient step(s)"
-        print(f"{args.iterations} iterations of {sizes}, on {WORLD_SIZE} process(es)")
     reward_fns, reward_weights = rewards.load_rewards(args.reward)
     model = load_model(args, device)
-    options: dict = {"weight_decay": args.weight_decay, "fused": device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.trainable.values(), args.lr, **options)
-    if args.start_from and not args.resume:
-        load_checkpoint(Path(args.start_from), model)
-    done = load_checkpoint(Path(args.resume), model, optimizer) if args.resume else 0
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": CUDA}
+    optimizer = torch.optim.AdamW(model.trainable.values(), **options)
+    done = load_checkpoint(model, optimizer, args)  # iterations
     run_dir, record = open_run(args, done)
-    if RANK == 0:
-        print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
-    schedule = prompt_schedule(train_lines, args)
-    sigmas = sigma_grid(args.steps, args.shift).to(device)
-    eval_prompts = ["", *[line["prompt"] for line in eval_lines]]
+    sigmas = sigma_grid(args.steps, args.shift)
+    evaluated = partial(evaluate, model, eval_lines, reward_fns, run_dir, args)
     if not done:
-        model.cache_prompts(eval_prompts)
-        record({"iteration": 0} | evaluate(model, args, eval_lines, reward_fns, run_dir, 0))
-    norms: list[float] = []  # of all gradients so far
-    step = partial(optimizer_step, optimizer, args, norms)
-    few = len(train_lines) <= ENCODED_AHEAD
-    ahead = args.iterations if few else max(1, ENCODED_AHEAD // P)
-    encoded = done  # iterations whose prompts are encoded
-    shown: dict = {}  # by the bar
-    numbers = range(done + 1, args.iterations + 1)
-    bar = tqdm(numbers, "iterations", args.iterations, initial=done, disable=BAR_OFF)
+        record({"iteration": 0} | evaluated(0))
+    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=BAR_OFF)
     for iteration in bar:
-        slots = range(RANK, P, WORLD_SIZE)  # whole groups of this process
-        prompts = {slot: schedule[(iteration - 1) * P + slot] for slot in slots}
-        if iteration > encoded:
-            encoded += ahead
-            coming = schedule[(iteration - 1) * P + RANK : encoded * P : WORLD_SIZE]
-            texts = eval_prompts + [line["prompt"] for line in coming]
-            model.cache_prompts(texts, last=encoded >= args.iterations)
-        logged: dict = {"iteration": iteration}
-        measured = partial(stage, model=model, metrics=logged, images=len(prompts) * images)
+        prompts = draw_prompts(train_lines, iteration, args)
+        model.encode([line["prompt"] for line in prompts.values()])  # one visit of the encoders
+        logged = {"iteration": iteration}
+        measured = partial(stage, model, logged, len(prompts) * args.images_per_prompt())
         # >>> METHOD: Algorithm 1, in its order
         with measured("sample"):
             batch = sample(model, prompts, sigmas, args, iteration)
         with measured("reward"):
-            lines = [line for line in prompts.values() for _ in range(images)]
-            scores = score(model, batch.x_0.flatten(0, 1), lines, reward_fns, args, images)
+            scores = score(model, batch.x_0.flatten(0, 1), batch.lines, reward_fns, args)
         with measured("update"):
             adv, metrics = group_advantages(scores, args.group_size, reward_weights, args.adv_std)
-            adv = adv.view(P, -1)[RANK::WORLD_SIZE]  # the inverse of gather
             starts, trained, samples = batch.x_s.shape[:3]
-            adv = adv.reshape(starts, -1, samples)
+            adv = adv.chunk(WORLD_SIZE)[RANK].reshape(starts, -1, samples)
             batch.adv = adv.expand(-1, trained, -1)  # a path's advantage is that of all its steps
-            metrics |= update(model, batch, args, step)
-        del batch  # its memory is the next iteration's
+            norms = []
+            losses = update(
+                model, batch, args, lambda: norms.append(optimizer_step(optimizer, args))
+            )
         # <<< METHOD
-        taken = [norm for norm in norms[-steps:] if math.isfinite(norm)]
-        logged |= {name: value.item() for name, value in metrics.items()}
-        logged["optim/lr"] = args.lr
-        logged["optim/grad_norm"] = sum(taken) / max(1, len(taken))
-        logged["optim/skipped_steps"] = steps - len(taken)
-        logged["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # CPU: 0
+        logged |= {name: value.item() for name, value in (metrics | losses).items()}
+        taken = [norm for norm in norms if math.isfinite(norm)]
+        if not taken:
+            fail(f"no gradient of iteration {iteration} was finite; --resume with a lower --lr.")
+        logged["optim/grad_norm"] = sum(taken) / len(taken)
+        logged["optim/skipped_steps"] = len(norms) - len(taken)
+        logged |= {"optim/lr": args.lr, "mem/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        for name, average in model.average.items():  # ema <- d ema + (1 - d) weights
+            average.lerp_(model.trainable[name].data, 1 - args.ema_decay)
         last = iteration == args.iterations
-        if iteration % args.eval_every == 0 or last:
-            logged |= evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
+        model.swap_average()  # it is what we evaluate and give away
+        if last or iteration % args.eval_every == 0:
+            logged |= evaluated(iteration)
+        if args.export_every and iteration % args.export_every == 0:
+            model.save(run_dir / f"weights/iter_{iteration:04d}")
+        model.swap_average()
         record(logged)
-        names = [name for name in logged if name.startswith(("reward/mean", "eval/"))]
-        shown |= {name: f"{logged[name]:.3f}" for name in names}
-        bar.set_postfix(shown)
-        due = iteration % args.save_every == 0 or last
-        if due and math.isfinite(norms[-1]):  # the last checkpoint stays before a bad gradient
-            save_checkpoint(run_dir, iteration, args, model, optimizer)
+        bar.set_postfix(reward=f"{logged['reward/mean']:.3f}")
+        if last or iteration % args.save_every == 0:
+            save_checkpoint(run_dir, iteration, model, optimizer, args)
+    model.swap_average()
     recipe = model.save(run_dir) if done or args.iterations else "none were trained"
     if RANK == 0:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -976,6 +529,419 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------ command line
+SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
+TINY = str(Path(__file__).resolve().with_name("tiny_sd3"))
+MODEL_IDS = {"tiny": TINY, "sd3": SD3, "flux": FLUX}
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
+MAY_BE_ZERO = ("iterations", "weight_decay", "soft_clip")  # besides those that are 0 by default
+
+
+def parse_args(argv):
+    """Reads the flags: --model, or the run to --resume, picks the defaults.  Raises UserError."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(Config, usage="%(prog)s [flags]")
+    parser.error = fail  # one sentence, no usage text
+    for action in parser._actions:  # a list may be empty: --splits alone is Flow-GRPO
+        action.nargs = "*" if action.nargs == "+" else action.nargs
+    chosen, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if chosen.model not in PRESETS and not chosen.resume:
+        from diffusers import DiffusionPipeline
+
+        chosen.model = CLASSES.get(DiffusionPipeline.load_config(chosen.model).get("_class_name"))
+    defaults = (
+        read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(chosen.model)
+    )
+    parser.set_defaults(**(defaults or fail("--model is neither an SD3 nor a FLUX pipeline.")))
+    args = Config(**vars(parser.parse_args(argv)))
+    for name, value in vars(args).items():
+        zero = name in MAY_BE_ZERO or getattr(Config, name, None) == 0
+        least = 0 if zero else 2 if name == "group_size" else 1e-30
+        most = 1 - 1e-9 if name == "ema_decay" else 1e30  # finite in fp32
+        if type(value) in (int, float) and not least <= value <= most:
+            fail(f"--{name} is {value}; it must be from {least} to {most}.")
+    if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
+        fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
+    if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
+        fail(f"--run_dir {args.run_dir} holds a run already: continue it with --resume.")
+    args.images_per_prompt()  # checks the method's flags
+    return args
+
+
+# ------------------------------------------------------------------------------------------- model
+ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
+
+
+class Model:
+    """A diffusers SD3 or FLUX pipeline as the method needs it."""
+
+    def __init__(self, pipe, args, device):
+        unit = 2 * pipe.vae_scale_factor  # the transformer's patches are 2 x 2 latents
+        most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
+        if args.resolution % unit or args.resolution > most:
+            fail(f"--resolution must be a multiple of {unit} px, and at most {most}.")
+        side = args.resolution // pipe.vae_scale_factor
+        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
+        self.pipe, self.args, self.device = pipe, args, device
+        self.is_flux = type(pipe).__name__ == "FluxPipeline"
+        scale = args.guidance_scale
+        self.guidance = [scale, 1 - scale] if scale > 1 and not self.is_flux else [1.0]
+        self.evaluations, self.cache = 0, {}  # latents through the network; prompt -> encoding
+        self.vae = pipe.vae.requires_grad_(False).to(device)
+        self.vae.enable_slicing()  # decodes one image after the other
+        self.transformer = net = pipe.transformer.requires_grad_(False).to(device)
+        self.initial = None
+        if args.ref_kl_beta:  # the pipeline's own weights; LoRA shares them and the buffers
+            shared = [] if args.full else [*net.parameters(), *net.buffers()]
+            self.initial = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
+        net.requires_grad_(args.full)
+        for part in filter(None, (net, self.initial)):
+            blocks = [*part.transformer_blocks, *getattr(part, "single_transformer_blocks", ())]
+            if args.full and WORLD_SIZE > 1:
+                for module in [*blocks, part]:
+                    fully_shard(module)
+                part.float()  # the shards: fully_shard has copied them out of the file
+            for block in blocks if args.compile else ():
+                block.compile(dynamic=False)
+        if not args.full:  # in fp32: bf16 would round its updates away
+            from diffusers.training_utils import cast_training_params
+            from peft import LoraConfig
+
+            layers = ATTENTION + FEED_FORWARD if self.is_flux else ATTENTION
+            sizes = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+            lora = LoraConfig(target_modules=layers, init_lora_weights="gaussian", **sizes)
+            torch.manual_seed(generator_for(args.seed, "lora").initial_seed())  # peft's is global
+            net.add_adapter(lora)
+            cast_training_params(net)
+        self.trainable = {name: w for name, w in net.named_parameters() if w.requires_grad}
+        averaged = self.trainable.items() if args.ema_decay else ()
+        self.average = {name: weight.detach().clone() for name, weight in averaged}
+        if args.grad_checkpointing:
+            net.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance, for
+        the empty one. New ones are encoded in one visit of the text encoders, and kept on the host."""
+        if not self.cache.keys() >= set(prompts):
+            self.cache = self.cache if len(self.cache) < 1000 else {}
+            parts = self.pipe.components.items()
+            encoders = [part for name, part in parts if name.startswith("text_encoder")]
+            sizes = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
+            sd3 = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
+            with rewards.visiting(encoders, self.device):
+                for prompt in {"", *prompts} - self.cache.keys():
+                    found = self.pipe.encode_prompt(prompt, None, **sizes, **sd3)
+                    self.cache[prompt] = found[0].cpu(), found[-2].cpu()  # context and pooled
+        g = len(self.guidance)
+        texts = [text for prompt in prompts for text in (prompt, "")[:g]]
+        parts = zip(*[self.cache[text] for text in texts], strict=True)
+        return [torch.cat(part).unflatten(0, (-1, g)).to(self.device) for part in parts]
+
+    def velocity(self, x_t, t, cond, initial=False):
+        """v(x_t, t), fp32, of the model or the initial one; autocasts where encoders are bf16 (CUDA).
+        x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
+        net, g = self.initial if initial else self.transformer, len(self.guidance)
+        copies = len(x_t) // len(cond[0])
+        context, pooled = (repeat(part, "b g ... -> (n b g) ...", n=copies) for part in cond)
+        x = repeat(x_t, "b ... -> (b g) ...", g=g)
+        t = t.to(x.device).expand(len(x_t)).repeat_interleave(g)
+        self.evaluations += len(x)
+        half = context.dtype == torch.bfloat16  # as load_model decides: on CUDA
+        # without a cache, which would keep a bf16 copy of every weight that FSDP2 gathers
+        with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
+            if self.is_flux:
+                v = self.flux_velocity(net, x, t, context, pooled)
+            else:
+                v = net(x, context, pooled, timestep=1000 * t).sample
+        parts = rearrange(v.float(), "(b g) ... -> g b ...", g=g)
+        return sum(weight * part for weight, part in zip(self.guidance, parts, strict=True))
+
+    def flux_velocity(self, net, x, t, context, pooled):
+        """FLUX sees 2 x 2 latents as one token at (0, row, column); it multiplies t by 1000."""
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        img_ids = self.pipe._prepare_latent_image_ids(None, h, w, x.device, x.dtype)
+        txt_ids = x.new_zeros(context.shape[1], 3)
+        scale = torch.full_like(t, self.args.guidance_scale)
+        guidance = scale if net.config.guidance_embeds else None
+        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
+        return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
+
+    def velocity_fn(self, lines, initial=False):
+        """velocity_fn(x, t) -> v for the B prompts of these lines; x: (n B, C, H, W), any n."""
+        cond = self.encode([line["prompt"] for line in lines])
+        return partial(self.velocity, cond=cond, initial=initial)
+
+    def noise(self, draws):
+        """Standard normal latents (B, C, H, W) of B named draws (see generator_for)."""
+        latents = [torch.randn(self.latent_shape, generator=generator_for(*draw)) for draw in draws]
+        return torch.stack(latents).to(self.device)
+
+    def decode(self, x_0):
+        """Final latents (B, C, H, W) -> images (B, 3, H, W), fp32 in [0, 1]; the VAE is fp32."""
+        z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+
+    def swap_average(self):
+        """Exchanges the trained weights and their average, if one is kept."""
+        for name, average in self.average.items():
+            weight = self.trainable[name].data
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def save(self, folder):
+        """Saves the weights (LoRA; --full: all) for diffusers; returns the line that loads them."""
+        net, rank = self.transformer, self.args.lora_rank
+        weights = whole(net.state_dict() if self.args.full else self.trainable)
+        if RANK > 0:
+            return ""
+        if self.args.full:
+            folder = folder / "transformer"
+            folder.mkdir(parents=True, exist_ok=True)
+            config = net.to_json_string().replace('"FSDP', '"')  # fully_shard renames the class
+            (folder / "config.json").write_text(config)
+            file = folder / "diffusion_pytorch_model.safetensors"
+            safetensors.torch.save_file(weights, file, {"format": "pt"})
+            load = f'from_pretrained("{folder.as_posix()}", torch_dtype=pipe.dtype)'
+            return f"pipe.transformer = type(pipe.transformer).{load}"
+        layers = {}
+        for name in self.trainable:  # alpha / rank folded in, for tools that read tensors only
+            scale = self.args.lora_alpha / rank if "lora_B" in name else 1.0
+            layers[name.replace(".default.", ".")] = scale * weights[name]
+        config = net.peft_config["default"].to_dict() | {"lora_alpha": rank}
+        self.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
+        return f'pipe.load_lora_weights("{folder.as_posix()}")'
+
+
+def load_model(args, device):
+    """Loads --model: bf16 on CUDA, fp32 on the CPU; the VAE and what --full trains are fp32."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    path = MODEL_IDS.get(args.model, args.model)
+    parts = diffusers.DiffusionPipeline.load_config(path).items()  # a pipeline may lack its T5
+    absent = {name: None for name, part in parts if name.endswith("_3") and part == [None, None]}
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
+    dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
+        pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
+    except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
+        fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
+    return Model(pipe, args, device)
+
+
+# --------------------------------------------------------------------------- prompts and evaluation
+def batches(total, label, size, block=None, passes=1):
+    """Slices of at most `size` that cover range(total), none across a multiple of block; a bar."""
+    block = block or total
+    firsts = [at for start in range(0, total, block) for at in range(start, start + block, size)]
+    slices = [slice(at, min(at + size, at - at % block + block)) for at in firsts]
+    return tqdm(slices * passes, label, leave=False, disable=BAR_OFF)
+
+
+def draw_prompts(lines, iteration, args):
+    """slot -> prompt line, for this process's slots: pass after pass over the shuffled file."""
+    P, drawn = args.prompts_per_iter, {}
+    for slot in torch.arange(P).chunk(WORLD_SIZE)[RANK].tolist():
+        done, place = divmod((iteration - 1) * P + slot, len(lines))
+        order = torch.randperm(len(lines), generator=generator_for(args.seed, done, "prompts"))
+        drawn[slot] = lines[order[place]]
+    return drawn
+
+
+def score(model, x_0, lines, reward_fns, args):
+    """name -> rewards (N,) of all processes' x_0, prompt-major; no image is kept.  Raises UserError.
+    x_0: (m n, C, H, W) final latents, m one after the other for each of n prompt lines"""
+    lines = [line for line in lines for _ in range(len(x_0) // len(lines))]
+    found = []
+    with rewards.visiting(reward_fns.values(), model.device):
+        for rows in batches(len(x_0), "reward", args.sample_batch):
+            images = model.decode(x_0[rows])
+            found.append(rewards.compute_rewards(reward_fns, images, lines[rows]))
+    return {name: gather(torch.cat([part[name] for part in found])) for name in reward_fns}
+
+
+def evaluate(model, lines, reward_fns, run_dir, args, iteration):
+    """Mean rewards, from the same noise at every evaluation and seed; samples/iter_XXXX.png.
+    Processes make equal shares: where that does not divide, some images twice, counted once."""
+    total = len(lines) * args.eval_samples
+    share = math.ceil(total / WORLD_SIZE)
+    here = [n % total for n in range(share * RANK, share * (RANK + 1))]
+    draws = [("eval", n % len(lines), n // len(lines)) for n in here]
+    prompts = [lines[n % len(lines)] for n in here]
+    x_0 = generate(model, prompts, draws, sigma_grid(args.eval_steps, args.shift), args)
+    scores = score(model, x_0, prompts, reward_fns, args)
+    if RANK == 0:
+        captions = [line["prompt"] for line in prompts[:12]]
+        grid = rewards.image_grid(model.decode(x_0[:12]), captions)
+        grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
+    return {f"eval/{name}": scores[name][:total].mean().item() for name in scores}
+
+
+# ------------------------------------------------------------------------------- checkpoint and log
+CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
+
+
+def save_checkpoint(run_dir, iteration, model, optimizer, args):
+    """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
+    tensors = model.trainable | {f"average.{name}": model.average[name] for name in model.average}
+    for name, weight in model.trainable.items():
+        moments = optimizer.state[weight]
+        tensors |= {f"state.{name}.{key}": moments[key] for key in moments}
+    tensors = whole(tensors)
+    if RANK > 0:
+        return
+    state = {"iteration": iteration, "config": vars(args)}
+    new = run_dir / f"{CHECKPOINT}.new"
+    safetensors.torch.save_file(tensors, new, {"state": json.dumps(state)})
+    with new.open("r+b") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+    new.replace(run_dir / CHECKPOINT)
+
+
+def read_checkpoint(run_dir):
+    """The JSON of a checkpoint: its iteration, its flags as "config".  Raises UserError."""
+    try:
+        with safetensors.safe_open(Path(run_dir, CHECKPOINT), "pt") as file:
+            state = json.loads(file.metadata()["state"])
+        Config(**state["config"])  # a TypeError names a flag that is not of this script
+        return state | {"iteration": int(state["iteration"])}
+    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        fail(f"{run_dir} holds no checkpoint, or a damaged or another script's one ({error}).")
+
+
+def load_checkpoint(model, optimizer, args):
+    """Restores the run to --resume and returns its iteration, or 0. For --start_from the weights
+    only: their average, if the run kept one.  Raises UserError."""
+    run_dir = args.resume or args.start_from
+    if not run_dir:
+        return 0
+    state = read_checkpoint(run_dir)
+    saved = safetensors.torch.load_file(Path(run_dir, CHECKPOINT))
+    shapes = {name: saved[name].shape for name in saved.keys() & model.trainable.keys()}
+    same = args.full or args.lora_alpha == state["config"]["lora_alpha"]
+    if not same or shapes != {name: w.shape for name, w in model.trainable.items()}:
+        fail(f"{run_dir} holds other weights: its --model, --full or --lora_* are others.")
+    for name, weight in model.trainable.items():
+        average = saved.get(f"average.{name}", saved[name])
+        weight.data.copy_(part_of(saved[name] if args.resume else average, weight))
+        if model.average:
+            model.average[name].copy_(part_of(average, weight))
+        for key in ("step", "exp_avg", "exp_avg_sq") if args.resume else ():
+            optimizer.state[weight][key] = part_of(saved[f"state.{name}.{key}"], weight)
+    return state["iteration"] if args.resume else 0
+
+
+def open_run(args, done):
+    """The run's folder, and what records metrics there: after a resume, from the checkpoint on."""
+    name = f"{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-%m%d-%H%M%S"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{time.strftime(name)}")
+    if RANK > 0:
+        return run_dir, lambda metrics: None
+    for folder in ("samples", "checkpoint"):
+        (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if done else []
+    path.write_bytes(b"".join(lines[: done + 1]))
+    if args.tracker == "wandb":
+        import wandb
+
+        wandb.init(dir=run_dir, config=vars(args), sync_tensorboard=True)  # it reads along
+    if args.tracker != "none":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run_dir))
+
+    def record(metrics):
+        with path.open("a", newline="\n") as log:
+            print(json.dumps(metrics), file=log)
+        for name in metrics if args.tracker != "none" else ():
+            writer.add_scalar(name, metrics[name], metrics["iteration"])
+
+    images = args.prompts_per_iter * args.images_per_prompt()
+    print(f"{args.iterations} iterations of {images} images on {WORLD_SIZE} process(es).")
+    print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
+    return run_dir, record
+
+
+@contextmanager
+def stage(model, metrics, images, name):
+    """Measures what runs inside: time/NAME, s, and nfe/NAME, network evaluations an image."""
+    started, evaluations = time.perf_counter(), model.evaluations
+    yield
+    if CUDA:
+        torch.cuda.synchronize()
+    metrics[f"time/{name}"] = time.perf_counter() - started
+    if model.evaluations > evaluations:
+        metrics[f"nfe/{name}"] = (model.evaluations - evaluations) / images
+
+
+# ------------------------------------------------------------------------------------- distributed
+def start_processes(args):
+    """Joins torchrun's processes, if there are any; returns this one's device, set up."""
+    if args.compile:  # one graph a kind of block, shape and mode; past the limit they run eager
+        from torch._dynamo import config, exc
+
+        config.recompile_limit = 256
+        rewards.MENDS[exc.TorchDynamoException] = "Without a compiler, give --compile false."
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+    if CUDA:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, for rewards
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashes on FLUX
+    if WORLD_SIZE > 1 and not dist.is_initialized():  # 4 hours: slow rewards, large checkpoints
+        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=4))
+    return device
+
+
+def whole(tensors):
+    """name -> tensor in host memory, put together where it is sharded; {} but on process 0."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found |= {name: value.detach().cpu()} if RANK == 0 else {}
+    return found
+
+
+def part_of(tensor, like):
+    """A copy on the device of `like`, sharded like it: Windows replaces no file that is mapped."""
+    tensor = tensor.to(like.device, copy=True)
+    if tensor.ndim and isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return tensor
+
+
+def gather(here):
+    """Rows of all processes, (n, ...) -> (WORLD_SIZE n, ...).  Undo: .chunk(WORLD_SIZE)[RANK]"""
+    if WORLD_SIZE == 1:
+        return here
+    everyone = [torch.empty_like(here) for _ in range(WORLD_SIZE)]
+    dist.all_gather(everyone, here.contiguous())
+    return torch.cat(everyone)
+
+
+def optimizer_step(optimizer, args):
+    """One step on gradients averaged over processes and clipped, which are then set to zero.
+    Returns their norm before clipping; no step is taken if it is not finite."""
+    weights = optimizer.param_groups[0]["params"]
+    for weight in weights if WORLD_SIZE > 1 and not args.full else ():  # FSDP2 averages its own
+        dist.all_reduce(weight.grad)
+        weight.grad /= WORLD_SIZE
+    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+    norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 if __name__ == "__main__":
     with rewards.one_sentence():  # mistakes end in one sentence and exit code 2
-        main()
+        main(sys.argv[1:])

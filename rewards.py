@@ -38,9 +38,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import disable_progress_bars
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when they are imported
+    os.environ.setdefault(library, "error")
+disable_progress_bars()
 RewardFn = Callable[[Tensor, list[str], list[dict]], Tensor]
 
 
@@ -57,13 +61,15 @@ MENDS = {
     torch.OutOfMemoryError: "Lower --micro_batch, --sample_batch or --resolution, or give "
     "--grad_checkpointing.",
     safetensors.SafetensorError: "Disk full, or a file damaged? The checkpoint is intact.",
+    ModuleNotFoundError: "Install it with pip.",
 }
 
 
 @contextmanager
 def one_sentence():
     """Ends a program that cannot go on in one sentence: for a mistake (UserError, OSError), a lack
-    of memory or a damaged file on stderr, with exit code 2; for Ctrl-C or SIGTERM with 0."""
+    of memory, a package or a compiler, or a damaged file on stderr, with exit code 2; for Ctrl-C or
+    SIGTERM with 0."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -71,7 +77,8 @@ def one_sentence():
         print("Stopped: a run goes on from its last checkpoint with --resume.")
     except (UserError, OSError, *MENDS) as error:
         sentence = str(error).strip().split("\n")[0]
-        print(f"error: {sentence} {MENDS.get(type(error), '')}".rstrip(), file=sys.stderr)
+        mends = [MENDS[kind] for kind in MENDS if isinstance(error, kind)]
+        print(" ".join(["error:", sentence, *mends]), file=sys.stderr)
         sys.exit(2)
 
 
