@@ -39,8 +39,6 @@ ODE solvers but Euler (vgrpo.py), other pipelines than SD3 and FLUX.
 METHOD and main are the paper. The rest, from "command line" on, is the same in vgrpo.py.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools
@@ -81,22 +79,16 @@ def flag(default, text):
 @dataclass
 class MethodConfig:
     rollout: Literal["branch", "sde"] = flag("branch", "branches off one ODE path, or SDE paths")
-    sde_steps: list[int] = field(
-        default_factory=lambda: [0, 2, 4, 6],
-        metadata={"help": "the K trained, stochastic steps, from 0; never the last, T - 1"},
-    )
+    sde_steps: list[int] = flag((0, 2, 4, 6), "the K trained, stochastic steps, from 0 to T - 2")
     transition: Literal["flow", "cps"] = flag("flow", "stochastic step: Flow-GRPO's, Flow-CPS's")
     eta: float = flag(0.8, "noise level of a stochastic step")
-    splits: list[int] = field(
-        default_factory=lambda: [2, 3],
-        metadata={"help": "S, the finer k to score; none given = Flow-GRPO"},
-    )
+    splits: list[int] = flag((2, 3), "S, the finer k to score; none given = Flow-GRPO")
     target: Literal["stored", "coupled"] = flag("stored", "for k > 1: x_s, or its noise on mean_k")
 
     def images_per_prompt(self):
         """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
         steps, splits = set(self.sde_steps), set(self.splits)
-        if not steps or len(steps) < len(self.sde_steps) or not steps <= set(range(self.steps - 1)):
+        if not steps or len(steps) < len(self.sde_steps) or steps - set(range(self.steps - 1)):
             fail(f"--sde_steps must be different numbers from 0 to {self.steps - 2}.")
         if len(splits) < len(self.splits) or min(splits, default=2) < 2:
             fail("--splits must be different integers of at least 2.")
@@ -187,110 +179,55 @@ def generator_for(*draw):
 
 
 # ------------------------------------------------------------------------------------------ METHOD
-@dataclass
-class Batch:
-    """What one iteration holds on this process: transitions from n starts, prompt-major."""
-
-    lines: list[dict]  # n prompt lines, one a start: a prompt (branch), a sample (sde)
-    x_0: object  # (n, K G, C, H, W) final latents of branches, (n, 1, C, H, W) of paths
-    x_t: object  # (n, K, C, H, W) before each stochastic step
-    x_s: object  # (n, K, M, C, H, W) after it: M = G branches, or M = 1 path
-    adv: object = None  # (n, K, M) advantages
-    logp_old: object = None  # (n, K, M, 1 + |S|); None: theta is theta_old
-
-    def __getitem__(self, rows: slice) -> "Batch":
-        fields = vars(self).values()
-        return Batch(*[None if held is None else held[rows] for held in fields])
-
-
-def ode_path(velocity_fn: object, x: object, sigmas: object) -> list[object]:
-    """States of the flow ODE by Euler's method, x <- x + dt v, at each of sigmas.
-    x: (B, C, H, W) at sigmas[0];  sigmas: (T + 1,) decreasing.  Returns T + 1 states, from x."""
-    path = [x]
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        x = x + (sigma_next - sigma) * velocity_fn(x, sigma)
-        path.append(x)
-    return path
-
-
 @torch.no_grad()
-def generate(model: Model, lines, draws, sigmas, args) -> object:
-    """Final latents (n, C, H, W) of n prompts from n named noises, in micro-batches."""
-    x_0 = []
-    for part in batches(len(lines), "sample", args.sample_batch):
-        velocity_fn, noise = model.velocity_fn(lines[part]), model.noise(draws[part])
-        x_0.append(ode_path(velocity_fn, noise, sigmas)[-1])
-    return torch.cat(x_0)
+def sample(model, prompts, sigmas, args, iteration):
+    """Groups of transitions from each prompt: branches off one ODE path, or G SDE paths.
+    prompts: slot -> prompt line, for this process's slots (places among the iteration's P)
+    Returns n prompt lines, one a start: a prompt (branch) or a path (sde); x_0 (images, ...), those
+    of a start one after the other, step by step; x_t (n, K, ...) and x_s (n, K, M, ...)"""
+    draw, group = (args.seed, iteration), range(args.group_size)
+    starts, samples, rollout = [(slot,) for slot in prompts], args.group_size, branch_rollout
+    if args.rollout == "sde":
+        starts, samples, rollout = list(itertools.product(prompts, group)), 1, sde_rollout
+    steps = list(itertools.product(range(len(args.sde_steps)), range(samples)))
+    lines = [prompts[slot] for slot, *_ in starts]
+    found = []
+    for part in batches(len(starts), "sample", max(1, args.sample_batch // samples)):
+        x = model.noise([(*draw, "noise", *start) for start in starts[part]])
+        names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
+        noise = rearrange(model.noise(names), "(n i m) ... -> n i m ...", n=len(x), m=samples)
+        inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
+        found.append(rollout(*inputs, args.eta, args.transition))
+    x_0, x_t, x_s = map(torch.cat, zip(*found))
+    return lines, x_0.reshape(-1, *model.latent_shape), x_t, x_s
 
 
-def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow") -> tuple:
-    """Gaussian of one stochastic step.   [flow: Flow-GRPO, 2505.05470; cps: Flow-CPS, 2509.05952]
-        flow: g = eta sqrt(sigma / (1 - sigma)), std = g sqrt(-dt)
-              mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt
-        cps:  std = sigma_next sin(eta pi / 2)
-              mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) x1_hat
-    x, v: (B, C, H, W);  sigma > sigma_next > 0: ();  eta: > 0, cps: at most 1
-    sigma_1: the grid's second value, stands in for sigma = 1 in g's denominator
-    Returns mean (B, C, H, W) and std ()."""
-    sigma, sigma_next = torch.as_tensor(sigma), torch.as_tensor(sigma_next)
-    if kind == "flow":
-        dt = sigma_next - sigma
-        finite = torch.where(sigma == 1, torch.as_tensor(sigma_1), sigma)
-        g = eta * (sigma / (1 - finite)).sqrt()
-        drift = g**2 / (2 * sigma) * dt
-        mean = x * (1 + drift) + v * (dt + drift * (1 - sigma))
-        return mean, g * (-dt).sqrt()
-    std = sigma_next * math.sin(eta * math.pi / 2)
-    x0_hat = x - sigma * v
-    x1_hat = x + (1 - sigma) * v
-    rest = (sigma_next**2 - std**2).sqrt()
-    return (1 - sigma_next) * x0_hat + rest * x1_hat, std
+def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
+    """One ODE path from each x; M = G stochastic steps from it at each of K sde_steps, then ODE.
+    This is the released code's rollout: a group has one x_t, and rewards of its own.
+    x: (P, ...) standard normal;  sigmas: (T + 1,) falling to 0;  noise: (P, K, M, ...)
+    sde_steps: below T - 1. The last step has std 0 (cps) or an unbounded score (flow), so that it
+    is never stochastic, nor trained.  Returns x_0, x_s like noise, and x_t (P, K, ...)"""
+    check_grid(sigmas, sde_steps)
+    x_0, x_s = torch.empty_like(noise), torch.empty_like(noise)
+    path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
+    for at, i in enumerate(sde_steps):
+        sigma, sigma_next = sigmas[i : i + 2]
+        v = velocity_fn(path[i], sigma)
+        mean, std = sde_step(path[i], v, sigma, sigma_next, eta, sigmas[1], kind)
+        x_s[:, at] = mean[:, None] + std * noise[:, at]
+        branches = rearrange(x_s[:, at], "p m ... -> (m p) ...")
+        end = ode_path(velocity_fn, branches, sigmas[i + 1 :])[-1]
+        x_0[:, at] = rearrange(end, "(m p) ... -> p m ...", p=len(x))
+    return x_0, torch.stack([path[i] for i in sde_steps], dim=1), x_s
 
 
-def gaussian_logp(x: object, mean: object, std: object) -> object:
-    """Log-density of a stochastic step, averaged over latent dimensions.   [Alg. 1]
-        logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
-    x, mean: (B, C, H, W) fp32;  std > 0: broadcastable
-    Returns (B,), nats per dimension: a mean, not a sum, since clip ranges assume it.
-    Deviation: the released code drops the constants; they cancel in every ratio."""
-    squared = (x - mean) ** 2 / (2 * std**2)
-    constant = math.log(math.tau) / 2
-    density = -squared - torch.as_tensor(std).log() - constant
-    return density.flatten(1).mean(1)
-
-
-def decomposed_transitions(
-    velocity_fn, x_t, sigma, sigma_next, splits: list[int], eta, sigma_1, kind="flow"
-) -> list[tuple[object, object]]:
-    """The coarse transition x_t -> x_s as k - 1 ODE sub-steps, then a stochastic one.   [Eq. 9]
-        h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h) for j < k - 1
-        p^(k)(x_s | x_t) = N(mean, std) of sde_step from y_k-1 at sigma + (k - 1) h to sigma_next
-    An ODE map is a Dirac, so p^(k) is an exact Gaussian. (y_k-1 - x_t) / ((k - 1) h) is the
-    average velocity. Gradients flow through all k evaluations and the chain of states. All k
-    share v(x_t, sigma), and the j-th evaluations of all k are one call.
-    x_t: (B, C, H, W);  sigma, sigma_next: ();  splits: different k >= 2
-    Returns [(mean (B, C, H, W), std ())], for k = 1 and each k in splits."""
-    dt = sigma_next - sigma
-    v = velocity_fn(x_t, sigma)
-    transitions = {1: sde_step(x_t, v, sigma, sigma_next, eta, sigma_1, kind)}
-    y = {k: x_t + dt / k * v for k in splits}
-    for j in range(1, max(splits, default=1)):
-        running = [k for k in splits if j < k]
-        times = torch.stack([torch.as_tensor(sigma + j * dt / k) for k in running])
-        y_now = torch.cat([y[k] for k in running])
-        v = velocity_fn(y_now, times.repeat_interleave(len(x_t)))
-        for k, t, v_k in zip(running, times, v.chunk(len(running)), strict=True):
-            if j == k - 1:
-                transitions[k] = sde_step(y[k], v_k, t, sigma_next, eta, sigma_1, kind)
-            y[k] = y[k] + dt / k * v_k
-    return [transitions[k] for k in (1, *splits)]
-
-
-def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -> tuple:
+def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
     """A path from each x, stochastic at the K sde_steps, Euler's ODE elsewhere.   [Eq. 2, 3]
-    x: (B, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (B, K, 1, C, H, W)
-    Returns x_0 (B, C, H, W), x_t (B, K, C, H, W), x_s (B, K, 1, C, H, W): see Batch.
+    x: (B, ...) standard normal;  noise: (B, K, 1, ...);  the rest as for `branch_rollout`
+    Returns x_0 (B, ...), x_t (B, K, ...), x_s (B, K, 1, ...).
     Deviation: Algorithm 1 as printed is stochastic at every step; ours never at the last."""
+    check_grid(sigmas, sde_steps)
     x_t, x_s = torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         v = velocity_fn(x, sigma)
@@ -305,160 +242,187 @@ def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -> t
     return x, x_t, x_s
 
 
-def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow") -> tuple:
-    """One ODE path from each x; G stochastic steps from it at each of K sde_steps, then ODE.
-    This is the released code's rollout: a group has one x_t, and its own rewards.
-    x: (P, C, H, W) standard normal;  sigmas: (T + 1,);  noise: (P, K, G, C, H, W)
-    Returns x_0 (P, K, G, C, H, W), x_t (P, K, C, H, W), x_s (P, K, G, C, H, W): see Batch."""
-    x_0, x_s = torch.empty_like(noise), torch.empty_like(noise)
-    path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
-    for at, i in enumerate(sde_steps):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        v = velocity_fn(path[i], sigma)
-        mean, std = sde_step(path[i], v, sigma, sigma_next, eta, sigmas[1], kind)
-        x_s[:, at] = mean[:, None] + std * noise[:, at]
-        branches = rearrange(x_s[:, at], "p g ... -> (g p) ...")
-        end = ode_path(velocity_fn, branches, sigmas[i + 1 :])[-1]
-        x_0[:, at] = rearrange(end, "(g p) ... -> p g ...", p=len(x))
-    return x_0, torch.stack([path[i] for i in sde_steps], dim=1), x_s
+def check_grid(sigmas, sde_steps):
+    assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
+    assert set(sde_steps) <= set(range(len(sigmas) - 2)), "trained steps are from 0 to T - 2"
+
+
+def ode_path(velocity_fn, x, sigmas):
+    """States of the flow ODE at each of sigmas, by Euler's x <- x + dt v, from x (B, ...) on."""
+    path = [x]
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        x = x + (sigma_next - sigma) * velocity_fn(x, sigma)
+        path.append(x)
+    return path
 
 
 @torch.no_grad()
-def sample(model: Model, prompts, sigmas, args, iteration):
-    """Groups of transitions from each prompt: branches off one ODE path, or G SDE paths.
-    prompts: slot -> prompt line, the slots of this process;  sigmas: (T + 1,)"""
-    draw, group = (args.seed, iteration), range(args.group_size)
-    starts: list[tuple] = [(slot,) for slot in prompts]  # as their noise is named
-    samples, rollout = args.group_size, branch_rollout
-    if args.rollout == "sde":
-        starts = list(itertools.product(prompts, group))
-        samples, rollout = 1, sde_rollout
-    steps = list(itertools.product(range(len(args.sde_steps)), range(samples)))
-    lines = [prompts[slot] for slot, *_ in starts]
-    found = []
-    for part in batches(len(starts), "sample", max(1, args.sample_batch // samples)):
-        x = model.noise([(*draw, "noise", *start) for start in starts[part]])
-        names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
-        noise = rearrange(model.noise(names), "(n i m) ... -> n i m ...", n=len(x), m=samples)
-        inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
-        found.append(rollout(*inputs, args.eta, args.transition))
-    x_0, x_t, x_s = map(torch.cat, zip(*found, strict=True))
-    return Batch(lines, rearrange(x_0, "n ... c h w -> n (...) c h w"), x_t, x_s)
+def generate(model, lines, draws, sigmas, args):
+    """Final latents (n, ...) of n prompt lines from n named noises, for evaluations."""
+    x_0 = []
+    for rows in batches(len(lines), "sample", args.sample_batch):
+        velocity_fn, noise = model.velocity_fn(lines[rows]), model.noise(draws[rows])
+        x_0.append(ode_path(velocity_fn, noise, sigmas)[-1])
+    return torch.cat(x_0)
 
 
-def pave_loss(
-    logp_new, logp_old, adv, clip_range=None, kl=None, kl_beta=0.0
-) -> tuple[object, dict[str, object]]:
+def advantages(scores, weights, args):
+    """adv (n, K, M) of this process's transitions, and metrics, from scores: name -> (images,)."""
+    adv, metrics = group_advantages(scores, args.group_size, weights, args.adv_std, clamp=5.0)
+    adv, K = adv.chunk(WORLD_SIZE)[RANK], len(args.sde_steps)
+    if args.rollout == "branch":
+        return rearrange(adv, "(n k m) -> n k m", k=K, m=args.group_size), metrics
+    return repeat(adv, "n -> n k 1", k=K), metrics
+
+
+def update(model, optimizer, lines, x_t, x_s, adv, args):
+    """Gradient steps on the stored transitions: update_epochs passes over the minibatches.
+    ref_kl  mean_d (mean - mean_ref)^2 / (2 std^2), to the initial model, of k = 1
+    theta_old is scored in the update's own micro-batches: bf16 kernels depend on the batch, and so
+    the first ratio is exactly 1. lines: n;  x_t: (n, K, ...);  x_s: (n, K, M, ...);  adv: (n, K, M)
+    Returns gradient norms, and the metrics of all transitions of all processes in all passes."""
+    sigmas = sigma_grid(args.steps, args.shift).to(x_t)
+    starts, K, M = adv.shape
+    minibatch = starts // args.num_minibatches
+    old, norms, terms = {}, [], []
+
+    def scored(rows, at, splits, initial=False):
+        i = args.sde_steps[at]
+        step = (x_t[rows, at], *sigmas[i : i + 2], splits, args.eta, sigmas[1])
+        velocity_fn = model.velocity_fn(lines[rows], initial)
+        transitions = decomposed_transitions(velocity_fn, *step, args.transition)
+        return score_transitions(transitions, x_s[rows, at], args.target), *transitions[0]
+
+    if args.update_epochs * args.num_minibatches > 1:
+        for rows in batches(starts, "theta_old", args.micro_batch, minibatch):
+            with torch.no_grad():
+                for at in range(K):
+                    old[rows.start, at], *_ = scored(rows, at, args.splits)
+    for rows in batches(starts, "update", args.micro_batch, minibatch, args.update_epochs):
+        for at in range(K):
+            logp, mean, std = scored(rows, at, args.splits)
+            logp_old = old.get((rows.start, at), logp.detach())
+            A = adv[rows, at].flatten()
+            ref_kl = torch.zeros_like(A)
+            if args.ref_kl_beta:
+                with torch.no_grad():
+                    _, mean_ref, _ = scored(rows, at, [], initial=True)
+                ref_kl = ((mean - mean_ref) / std).square().flatten(1).mean(dim=1) / 2
+                ref_kl = repeat(ref_kl, "b -> (b m)", m=M)
+            loss, _ = pave_loss(logp, logp_old, A, args.clip_range, ref_kl, args.ref_kl_beta)
+            (loss * len(A) / (minibatch * K * M)).backward()
+            terms.append(torch.cat([logp, logp_old, A[None], ref_kl[None]]).detach())
+        if rows.stop % minibatch == 0:
+            norms.append(optimizer_step(optimizer, args))
+    *logps, A, ref_kl = gather(torch.cat(terms, dim=1).T).T.contiguous()
+    logp, logp_old = torch.stack(logps).chunk(2)
+    return norms, pave_loss(logp, logp_old, A, args.clip_range, ref_kl, args.ref_kl_beta)[1]
+
+
+def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sigma_1, kind="flow"):
+    """The coarse transition x_t -> x_s as k - 1 ODE sub-steps, then a stochastic one.   [Eq. 9]
+        h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h) for j < k - 1
+        p^(k)(x_s | x_t) = N(mean, std) of sde_step from y_k-1 at sigma + (k - 1) h to sigma_next
+    An ODE map is a Dirac, so p^(k) is an exact Gaussian. (y_k-1 - x_t) / ((k - 1) h) is the
+    average velocity. Gradients flow through all k evaluations and the chain of states. All k
+    share v(x_t, sigma), and the j-th evaluations of all k are one call.
+    x_t: (B, ...);  sigma > sigma_next > 0: ();  splits: different k >= 2
+    Returns [(mean (B, ...), std ())], for k = 1 and each k in splits."""
+    assert 0 < sigma_next < sigma, "the last step, to 0, has no density"
+    dt = sigma_next - sigma
+    v = velocity_fn(x_t, sigma)
+    transitions = {1: sde_step(x_t, v, sigma, sigma_next, eta, sigma_1, kind)}
+    y = {k: x_t + dt / k * v for k in splits}
+    for j in range(1, max(splits, default=1)):
+        running = [k for k in splits if j < k]
+        times = torch.stack([sigma + j * dt / k for k in running])
+        y_now = torch.cat([y[k] for k in running])
+        v = velocity_fn(y_now, times.repeat_interleave(len(x_t)))
+        for k, t, v_k in zip(running, times, v.chunk(len(running))):
+            if j == k - 1:
+                transitions[k] = sde_step(y[k], v_k, t, sigma_next, eta, sigma_1, kind)
+            y[k] = y[k] + dt / k * v_k
+    return [transitions[k] for k in (1, *splits)]
+
+
+def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
+    """Gaussian of one stochastic step.   [flow: Flow-GRPO, 2505.05470; cps: Flow-CPS, 2509.05952]
+        flow: g = eta sqrt(sigma / (1 - sigma)), std = g sqrt(-dt)
+              mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt
+        cps:  std = sigma_next sin(eta pi / 2)
+              mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) noise_hat
+    x, v: (B, ...);  sigma > sigma_next > 0: ();  eta: > 0, cps: at most 1
+    sigma_1: the grid's second value, stands in for sigma = 1 in g's denominator
+    Returns mean (B, ...) and std ()."""
+    sigma, sigma_next = torch.as_tensor(sigma), torch.as_tensor(sigma_next)
+    if kind == "flow":
+        dt = sigma_next - sigma
+        finite = torch.where(sigma == 1, torch.as_tensor(sigma_1), sigma)
+        g = eta * (sigma / (1 - finite)).sqrt()
+        drift = g**2 / (2 * sigma) * dt
+        mean = x * (1 + drift) + v * (dt + drift * (1 - sigma))
+        return mean, g * (-dt).sqrt()
+    std = sigma_next * math.sin(eta * math.pi / 2)
+    x0_hat, noise_hat = x - sigma * v, x + (1 - sigma) * v
+    mean = (1 - sigma_next) * x0_hat + (sigma_next**2 - std**2).sqrt() * noise_hat
+    return mean, std
+
+
+def score_transitions(transitions, x_s, target="stored"):
+    """Log-densities logp (1 + |S|, B M) of the samples x_s (B, M, ...) under each transition.
+    stored: x_s itself, for every k. It was drawn in one step. Under k finer ones the same reward
+    reaches the velocity at the times between: a surrogate, no importance weight of what was drawn.
+    coupled (ours): mean_k + std_k (x_s - mean_1) / std_1, without gradient. On coarse steps mean_k
+    is far from mean_1 compared with std_k, and x_s would pull it there; x_s's own noise does not.
+    This sample moves with theta, so theta_old has none of its own: one gradient step only."""
+    x = x_s.flatten(0, 1)
+    logps = []
+    for mean, std in transitions:
+        mean = repeat(mean, "b ... -> (b m) ...", m=x_s.shape[1])
+        if not logps:
+            noise = (x - mean.detach()) / std
+        elif target == "coupled":
+            x = mean.detach() + std * noise
+        logps.append(gaussian_logp(x, mean, std))
+    return torch.stack(logps)
+
+
+def gaussian_logp(x, mean, std):
+    """Log-density of a stochastic step, averaged over latent dimensions.   [Alg. 1]
+        logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
+    x, mean: (B, ...) fp32;  std > 0: broadcastable
+    Returns (B,), nats per dimension: a mean, not a sum, since clip ranges assume it.
+    Deviation: the released code drops the constants; they cancel in every ratio."""
+    squared = (x - mean) ** 2 / (2 * std**2)
+    density = -squared - torch.as_tensor(std).log() - math.log(math.tau) / 2
+    return density.flatten(1).mean(1)
+
+
+def pave_loss(logp_new, logp_old, adv, clip_range=0, ref_kl=0, ref_kl_beta=0):
     """Negative Pave-GRPO objective; without splits, Flow-GRPO's.   [Eq. 10, Alg. 1]
         ratio_k = exp(logp_new_k - logp_old_k)
         J_k = mean(min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A))
-        loss = -(J_1 + mean_{k in S} J_k) + beta mean(KL)
-    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, kl: (B,);  clip_range: eps; None, 0: off
-    Returns loss () and detached metrics."""
+        loss = -(J_1 + mean_{k in S} J_k) + beta mean(ref_kl)
+    In the first gradient step each ratio is 1 in value, and its gradient is that of logp_k.
+    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv: (B,);  clip_range: eps; 0 = off
+    ref_kl: (B,), see `update`.  Returns loss () and detached metrics."""
     assert logp_new.shape == logp_old.shape == (len(logp_new), *adv.shape), "(1 + |S|, B), (B,)"
     ratio = torch.exp(logp_new - logp_old)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
     J = torch.minimum(ratio * adv, clipped * adv).mean(dim=1)
-    policy = -J[0]
-    if len(J) > 1:
-        policy = -(J[0] + J[1:].mean())
-    kl_term = torch.zeros_like(policy) if kl is None else kl_beta * kl.mean()
-    loss = policy + kl_term
+    policy = -(J[0] + J[1:].sum() / max(1, len(J) - 1))
+    penalty = (torch.zeros_like(adv) + ref_kl_beta * ref_kl).mean()
+    loss = policy + penalty
     metrics = {
         "loss/total": loss,
         "loss/policy": policy,
-        "loss/kl": kl_term,
+        "loss/kl": penalty,
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max_dev": (ratio - 1).abs().max(),
         "policy/clip_frac": (clipped * adv < ratio * adv).to(adv.dtype).mean(),
         "policy/approx_kl": (ratio - 1 - (logp_new - logp_old)).mean(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def log_densities(velocity_fn, batch: Batch, at: int, args, splits) -> tuple:
-    """Log-densities of the samples x_s of trained step number `at`, and the Gaussian of k = 1.
-    --target: finer transitions score x_s itself ("stored") or, on their own mean, the noise of
-    x_s ("coupled", ours): mean_k + std_k (x_s - mean_1) / std_1, without gradient
-    Returns logp (1 + |S|, B M), k = 1 first, mean (B, C, H, W) and std ()."""
-    sigmas = sigma_grid(args.steps, args.shift).to(batch.x_t)
-    sigma, sigma_next = sigmas[args.sde_steps[at] :][:2]
-    inputs = (velocity_fn, batch.x_t[:, at], sigma, sigma_next, splits)
-    transitions = decomposed_transitions(*inputs, args.eta, sigmas[1], args.transition)
-    x_s = batch.x_s[:, at]
-    x = x_s.flatten(0, 1)
-    logps: list[object] = []
-    for mean, std in transitions:
-        mean = repeat(mean, "b ... -> (b m) ...", m=x_s.shape[1])
-        if not logps:
-            noise = (x - mean.detach()) / std
-        elif args.target == "coupled":
-            x = mean.detach() + std * noise
-        logps.append(gaussian_logp(x, mean, std))
-    return torch.stack(logps), *transitions[0]
-
-
-def backward_transition(velocity_fn, initial_fn, batch: Batch, at: int, args, share) -> object:
-    """Adds the gradient of share * pave_loss of trained step number `at` of B starts.
-    KL = mean_d (mean - mean_ref)^2 / (2 std^2), on k = 1, to the initial model
-    share: their part of a step.  Returns logp_old, logp_new and the KL, (B, M, 3 + 2 |S|)."""
-    adv = batch.adv[:, at]
-    logp, mean, std = log_densities(velocity_fn, batch, at, args, args.splits)
-    logp_old = logp.detach()
-    if batch.logp_old is not None:
-        logp_old = rearrange(batch.logp_old[:, at], "b m s -> s (b m)")
-    kl = torch.zeros_like(adv).flatten()
-    if args.ref_kl_beta:
-        with torch.no_grad():
-            _, mean_ref, _ = log_densities(initial_fn, batch, at, args, [])
-        difference = (mean - mean_ref) ** 2 / (2 * std**2)
-        kl = difference.flatten(1).mean(dim=1)
-        kl = kl.repeat_interleave(adv.shape[1])
-    loss, _ = pave_loss(logp, logp_old, adv.flatten(), args.clip_range, kl, args.ref_kl_beta)
-    (share * loss).backward()
-    terms = torch.cat([logp_old, logp, kl[None]]).detach()
-    return rearrange(terms, "s (b m) -> b m s", m=adv.shape[1])
-
-
-@torch.no_grad()
-def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
-    """Log-densities of theta_old, in the update's micro-batches: the first ratio is 1 exactly."""
-    starts, trained, samples = batch.adv.shape
-    logp_old = batch.adv.new_empty(starts, trained, samples, 1 + len(args.splits))
-    for rows in batches(starts, "theta_old", args.micro_batch, minibatch):
-        part = batch[rows]
-        velocity_fn = model.velocity_fn(part.lines)
-        for at in range(trained):
-            logp, _, _ = log_densities(velocity_fn, part, at, args, args.splits)
-            logp_old[rows, at] = rearrange(logp, "s (b m) -> b m s", m=samples)
-    batch.logp_old = logp_old
-
-
-def update(model: Model, batch: Batch, args, step: object) -> dict[str, object]:
-    """Gradient steps on the stored transitions: update_epochs passes over the minibatches.
-    batch: with adv;  step: one optimizer step on the gradients so far, which it sets to zero
-    Returns the metrics of all transitions of all processes in every pass."""
-    starts, trained, _ = batch.adv.shape
-    minibatch = starts // args.num_minibatches
-    if args.update_epochs * args.num_minibatches > 1:
-        store_old(model, batch, args, minibatch)
-    kept = 3 + 2 * len(args.splits)  # logp_old of each k, logp_new of each k, KL
-    terms = batch.adv.new_zeros(args.update_epochs, *batch.adv.shape, kept)
-    for epoch in range(args.update_epochs):
-        for rows in batches(starts, "update", args.micro_batch, minibatch):
-            part = batch[rows]
-            velocity_fn = model.velocity_fn(part.lines)
-            initial_fn = model.velocity_fn(part.lines, initial=True)
-            share = len(part.lines) / (minibatch * trained)
-            for at in range(trained):
-                inputs = (velocity_fn, initial_fn, part, at, args, share)
-                terms[epoch, rows, at] = backward_transition(*inputs)
-            if rows.stop % minibatch == 0:
-                step()
-    *logps, kl = gather(terms.flatten(0, 3)).T.contiguous()  # each a row in memory
-    logp_old, logp_new = torch.stack(logps).chunk(2)
-    adv = gather(batch.adv.flatten().repeat(args.update_epochs))
-    return pave_loss(logp_new, logp_old, adv, args.clip_range, kl, args.ref_kl_beta)[1]
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -473,9 +437,8 @@ def main(argv):
     done = load_checkpoint(model, optimizer, args)  # iterations
     run_dir, record = open_run(args, done)
     sigmas = sigma_grid(args.steps, args.shift)
-    evaluated = partial(evaluate, model, eval_lines, reward_fns, run_dir, args)
     if not done:
-        record({"iteration": 0} | evaluated(0))
+        record({"iteration": 0} | evaluate(model, eval_lines, reward_fns, run_dir, args, 0))
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=BAR_OFF)
     for iteration in bar:
         prompts = draw_prompts(train_lines, iteration, args)
@@ -484,18 +447,12 @@ def main(argv):
         measured = partial(stage, model, logged, len(prompts) * args.images_per_prompt())
         # >>> METHOD: Algorithm 1, in its order
         with measured("sample"):
-            batch = sample(model, prompts, sigmas, args, iteration)
+            lines, x_0, x_t, x_s = sample(model, prompts, sigmas, args, iteration)
         with measured("reward"):
-            scores = score(model, batch.x_0.flatten(0, 1), batch.lines, reward_fns, args)
+            scores = score(model, x_0, lines, reward_fns, args)
         with measured("update"):
-            adv, metrics = group_advantages(scores, args.group_size, reward_weights, args.adv_std)
-            starts, trained, samples = batch.x_s.shape[:3]
-            adv = adv.chunk(WORLD_SIZE)[RANK].reshape(starts, -1, samples)
-            batch.adv = adv.expand(-1, trained, -1)  # a path's advantage is that of all its steps
-            norms = []
-            losses = update(
-                model, batch, args, lambda: norms.append(optimizer_step(optimizer, args))
-            )
+            adv, metrics = advantages(scores, reward_weights, args)
+            norms, losses = update(model, optimizer, lines, x_t, x_s, adv, args)
         # <<< METHOD
         logged |= {name: value.item() for name, value in (metrics | losses).items()}
         taken = [norm for norm in norms if math.isfinite(norm)]
@@ -509,7 +466,7 @@ def main(argv):
         last = iteration == args.iterations
         model.swap_average()  # it is what we evaluate and give away
         if last or iteration % args.eval_every == 0:
-            logged |= evaluated(iteration)
+            logged |= evaluate(model, eval_lines, reward_fns, run_dir, args, iteration)
         if args.export_every and iteration % args.export_every == 0:
             model.save(run_dir / f"weights/iter_{iteration:04d}")
         model.swap_average()
@@ -534,7 +491,6 @@ SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1
 TINY = str(Path(__file__).resolve().with_name("tiny_sd3"))
 MODEL_IDS = {"tiny": TINY, "sd3": SD3, "flux": FLUX}
 CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
-MAY_BE_ZERO = ("iterations", "weight_decay", "soft_clip")  # besides those that are 0 by default
 
 
 def parse_args(argv):
@@ -545,18 +501,18 @@ def parse_args(argv):
     parser.error = fail  # one sentence, no usage text
     for action in parser._actions:  # a list may be empty: --splits alone is Flow-GRPO
         action.nargs = "*" if action.nargs == "+" else action.nargs
-    chosen, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if chosen.model not in PRESETS and not chosen.resume:
+    no_help = [word for word in argv if word not in ("-h", "--help")]
+    chosen, _ = parser.parse_known_args(no_help)
+    kind = chosen.model
+    if kind not in PRESETS and not chosen.resume:
         from diffusers import DiffusionPipeline
 
-        chosen.model = CLASSES.get(DiffusionPipeline.load_config(chosen.model).get("_class_name"))
-    defaults = (
-        read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(chosen.model)
-    )
-    parser.set_defaults(**(defaults or fail("--model is neither an SD3 nor a FLUX pipeline.")))
+        kind = CLASSES.get(DiffusionPipeline.load_config(kind).get("_class_name"))
+    defaults = read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(kind)
+    parser.set_defaults(**vars(Config()) | (defaults or fail("--model is neither SD3 nor FLUX.")))
     args = Config(**vars(parser.parse_args(argv)))
     for name, value in vars(args).items():
-        zero = name in MAY_BE_ZERO or getattr(Config, name, None) == 0
+        zero = getattr(Config, name) == 0 or name in ("iterations", "weight_decay", "soft_clip")
         least = 0 if zero else 2 if name == "group_size" else 1e-30
         most = 1 - 1e-9 if name == "ema_decay" else 1e30  # finite in fp32
         if type(value) in (int, float) and not least <= value <= most:
@@ -582,11 +538,11 @@ class Model:
         most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
         if args.resolution % unit or args.resolution > most:
             fail(f"--resolution must be a multiple of {unit} px, and at most {most}.")
-        side = args.resolution // pipe.vae_scale_factor
-        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
+        sides = [args.resolution // pipe.vae_scale_factor] * 2
+        self.latent_shape = (pipe.vae.config.latent_channels, *sides)
         self.pipe, self.args, self.device = pipe, args, device
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
-        scale = args.guidance_scale
+        self.scale = scale = args.guidance_scale
         self.guidance = [scale, 1 - scale] if scale > 1 and not self.is_flux else [1.0]
         self.evaluations, self.cache = 0, {}  # latents through the network; prompt -> encoding
         self.vae = pipe.vae.requires_grad_(False).to(device)
@@ -623,8 +579,8 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance, for
-        the empty one. New ones are encoded in one visit of the text encoders, and kept on the host."""
+        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance:
+        also the empty one's. New ones are encoded in one visit of the text encoders, and kept."""
         if not self.cache.keys() >= set(prompts):
             self.cache = self.cache if len(self.cache) < 1000 else {}
             parts = self.pipe.components.items()
@@ -637,11 +593,11 @@ class Model:
                     self.cache[prompt] = found[0].cpu(), found[-2].cpu()  # context and pooled
         g = len(self.guidance)
         texts = [text for prompt in prompts for text in (prompt, "")[:g]]
-        parts = zip(*[self.cache[text] for text in texts], strict=True)
+        parts = zip(*[self.cache[text] for text in texts])
         return [torch.cat(part).unflatten(0, (-1, g)).to(self.device) for part in parts]
 
     def velocity(self, x_t, t, cond, initial=False):
-        """v(x_t, t), fp32, of the model or the initial one; autocasts where encoders are bf16 (CUDA).
+        """v(x_t, t) of the model, or the initial one. Autocasts where encoders are bf16: on CUDA.
         x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
         net, g = self.initial if initial else self.transformer, len(self.guidance)
         copies = len(x_t) // len(cond[0])
@@ -657,15 +613,14 @@ class Model:
             else:
                 v = net(x, context, pooled, timestep=1000 * t).sample
         parts = rearrange(v.float(), "(b g) ... -> g b ...", g=g)
-        return sum(weight * part for weight, part in zip(self.guidance, parts, strict=True))
+        return sum(weight * part for weight, part in zip(self.guidance, parts))
 
     def flux_velocity(self, net, x, t, context, pooled):
         """FLUX sees 2 x 2 latents as one token at (0, row, column); it multiplies t by 1000."""
         h, w = x.shape[2] // 2, x.shape[3] // 2
         img_ids = self.pipe._prepare_latent_image_ids(None, h, w, x.device, x.dtype)
         txt_ids = x.new_zeros(context.shape[1], 3)
-        scale = torch.full_like(t, self.args.guidance_scale)
-        guidance = scale if net.config.guidance_embeds else None
+        guidance = torch.full_like(t, self.scale) if net.config.guidance_embeds else None
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
         return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
@@ -723,13 +678,15 @@ def load_model(args, device):
 
     diffusers.utils.logging.disable_progress_bar()
     path = MODEL_IDS.get(args.model, args.model)
-    parts = diffusers.DiffusionPipeline.load_config(path).items()  # a pipeline may lack its T5
-    absent = {name: None for name, part in parts if name.endswith("_3") and part == [None, None]}
+    parts = diffusers.DiffusionPipeline.load_config(path).items()
+    absent = [name for name, part in parts if "_3" in name and part == [None, None]]  # no T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            path, dtype=dtypes, **dict.fromkeys(absent)
+        )
         pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
     except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
         fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
@@ -739,9 +696,8 @@ def load_model(args, device):
 # --------------------------------------------------------------------------- prompts and evaluation
 def batches(total, label, size, block=None, passes=1):
     """Slices of at most `size` that cover range(total), none across a multiple of block; a bar."""
-    block = block or total
-    firsts = [at for start in range(0, total, block) for at in range(start, start + block, size)]
-    slices = [slice(at, min(at + size, at - at % block + block)) for at in firsts]
+    firsts = [n for n in range(total) if n % (block or total) % size == 0]
+    slices = [slice(*ends) for ends in itertools.pairwise([*firsts, total])]
     return tqdm(slices * passes, label, leave=False, disable=BAR_OFF)
 
 
@@ -756,7 +712,7 @@ def draw_prompts(lines, iteration, args):
 
 
 def score(model, x_0, lines, reward_fns, args):
-    """name -> rewards (N,) of all processes' x_0, prompt-major; no image is kept.  Raises UserError.
+    """name -> rewards (N,) of all processes' images, which are not kept.  Raises UserError.
     x_0: (m n, C, H, W) final latents, m one after the other for each of n prompt lines"""
     lines = [line for line in lines for _ in range(len(x_0) // len(lines))]
     found = []
@@ -848,8 +804,7 @@ def open_run(args, done):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
     path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if done else []
-    path.write_bytes(b"".join(lines[: done + 1]))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[: done + 1]) if done else b"")
     if args.tracker == "wandb":
         import wandb
 
@@ -865,8 +820,8 @@ def open_run(args, done):
         for name in metrics if args.tracker != "none" else ():
             writer.add_scalar(name, metrics[name], metrics["iteration"])
 
-    images = args.prompts_per_iter * args.images_per_prompt()
-    print(f"{args.iterations} iterations of {images} images on {WORLD_SIZE} process(es).")
+    per_prompt = args.images_per_prompt()
+    print(f"{args.iterations} iterations of {args.prompts_per_iter} x {per_prompt} images")
     print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
     return run_dir, record
 

@@ -18,7 +18,7 @@ One iteration, by its functions (the paper's Algorithm 1):
                 it is computed for all images before the first.
 
   t, sigma      (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0
-  x_t, x_0      (B, ...)       latents at t, (1 - t) x_0 + t noise, and at the end ("o" in the paper)
+  x_t, x_0      (B, ...)       latents at t: (1 - t) x_0 + t noise; at the end ("o" in the paper)
   v             (B, ...)       velocity noise - x_0, what the network predicts; ... is C, H, W
   x0_hat        (B, ...)       x_t - t v, its estimate of x_0
   P, G, N                      prompts an iteration, images a prompt, pairs (t, noise) an image
@@ -31,8 +31,6 @@ Log-likelihoods are means over latent dimensions, never sums. All randomness com
 `generator_for`. Left out: SDE samplers (pave_grpo.py), other pipelines than SD3 and FLUX.
 METHOD and main are the paper. The rest, from "command line" on, is the same in pave_grpo.py.
 """
-
-from __future__ import annotations
 
 import copy
 import hashlib
@@ -139,7 +137,7 @@ PRESETS = {
     "tiny": dict(
         prompts="prompts/shapes_train.jsonl", eval_prompts="prompts/shapes_test.jsonl",
         reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=16,
-        group_size=12, sample_batch=96, micro_batch=96, steps=10, eval_steps=10, eval_samples=4,
+        group_size=12, sample_batch=96, micro_batch=24, steps=10, eval_steps=10, eval_samples=4,
         iterations=50, lr=2e-4, ref_kl_beta=0.1),
     "sd3": dict(reward="hpsv2=1,pickscore=1,clipscore=1", grad_checkpointing=True,
                 compile=CUDA, ema_decay=0.9),
@@ -168,233 +166,179 @@ def generator_for(*draw):
 
 
 # ------------------------------------------------------------------------------------------ METHOD
-@dataclass
-class Batch:
-    """What one iteration holds on this process: n samples of whole groups, prompt-major."""
-
-    lines: list[dict]  # n prompt lines, one a sample
-    x_0: object  # (n, C, H, W) final latents: the actions
-    t: object  # (n, N) timesteps of the stored pairs
-    noise: object  # (n, N, C, H, W) their noise
-    adv: object = None  # (n,) advantages
-    L_old: object = None  # (n,) surrogate under theta_old; None: theta is theta_old
-    x0_old: object = None  # (n, N, C, H, W) predictions of theta_old, for the KL
-
-    def __getitem__(self, rows: slice) -> "Batch":
-        fields = vars(self).values()
-        return Batch(*[None if held is None else held[rows] for held in fields])
-
-
-def ode_sample(velocity_fn: object, x: object, sigmas: object, solver: str = "dpm2") -> object:
-    """Final latents of the flow ODE dx = v dt.   [DPM-Solver++(2M), arXiv 2211.01095]
-        euler:  x <- x + (t' - t) v
-        dpm2:   x <- (t'/t) x + ((1 - t') - (t'/t) (1 - t)) D
-                D = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
-    h: step in lam = log((1 - t) / t), the paper's lambda for alpha = 1 - t, sigma = t. It is
-    infinite at t = 1 and t = 0, so the first two steps and the last have D = x0_hat.
-    x: (B, C, H, W) noise;  sigmas: (T + 1,) from 1 to 0.  Returns x_0, like x."""
-    lam = torch.log1p(-sigmas) - torch.log(sigmas)
-    x0_prev = None
-    for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
-        v = velocity_fn(x, t)
-        if solver == "euler":
-            x = x + (t_next - t) * v
-            continue
-        D = x0_hat = x - t * v
-        if 2 <= i < len(sigmas) - 2:
-            h = lam[i + 1] - lam[i]
-            h_prev = lam[i] - lam[i - 1]
-            D = x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
-        x = t_next / t * x + ((1 - t_next) - t_next / t * (1 - t)) * D
-        x0_prev = x0_hat
-    return x
-
-
-@torch.no_grad()
-def generate(model: Model, lines, draws, sigmas, args) -> object:
-    """Final latents (n, C, H, W) of n prompts from n named noises, in micro-batches."""
-    x_0 = []
-    for part in batches(len(lines), "sample", args.sample_batch):
-        velocity_fn, noise = model.velocity_fn(lines[part]), model.noise(draws[part])
-        x_0.append(ode_sample(velocity_fn, noise, sigmas, args.solver))
-    return torch.cat(x_0)
-
-
-def draw_pairs(
-    sigmas, num_pairs: int, num_prompts: int, group_size: int, latent_shape, generator,
-    stratified=True, group_shared=True,
-) -> tuple[object, object]:  # fmt: skip
-    """Monte Carlo pairs (t_j, noise_j) of the surrogate.   [V-GRPO, section 3]
-    sigmas: (T + 1,) grid, its final 0 left out;  num_pairs: N, at most T if stratified
-    stratified: one uniform draw from each of N consecutive chunks of the grid, else from all of it
-    latent_shape: (C, H, W);  group_shared: one set per prompt for all its samples, else one each
-    Returns t (P G, N) in (0, 1] and noise (P G, N, C, H, W), prompt-major, on the CPU.
-    Deviation: the released code has one set for the batch; ours is per prompt, as the text."""
-    grid = sigmas[:-1].cpu()
-    sets = num_prompts if group_shared else num_prompts * group_size
-    copies = group_size if group_shared else 1
-    chunks = grid.tensor_split(num_pairs) if stratified else [grid] * num_pairs
-    times = []
-    for chunk in chunks:
-        times.append(chunk[torch.randint(len(chunk), (sets,), generator=generator)])
-    noise = torch.randn(sets, num_pairs, *latent_shape, generator=generator, dtype=grid.dtype)
-    t = repeat(torch.stack(times), "n p -> (p g) n", g=copies)
-    return t, repeat(noise, "p n ... -> (p g) n ...", g=copies)
-
-
-def sample(model: Model, prompts, sigmas, args, iteration):
+def sample(model, prompts, sigmas, args, iteration):
     """G final latents of each prompt, and the pairs that will score them.   [Alg. 1]
-    prompts: slot -> prompt line, the slots of this process;  sigmas: (T + 1,)"""
+    prompts: slot -> prompt line, for this process's slots (places among the iteration's P)
+    Returns n prompt lines, one an image, x_0 (n, ...), t (n, N) and noise (n, N, ...), the last two
+    in host memory: they are N times the latents."""
     group = range(args.group_size)
     lines = [line for line in prompts.values() for _ in group]
     draws = [(args.seed, iteration, "noise", slot, i) for slot in prompts for i in group]
     x_0 = generate(model, lines, draws, sigmas, args)
-    pairs = []
-    for slot in prompts:
-        sizes = (args.num_pairs, 1, args.group_size, model.latent_shape)
-        generator = generator_for(args.seed, iteration, "pairs", slot)
-        kind = (args.stratified, args.group_shared_pairs)
-        pairs.append(draw_pairs(sigmas, *sizes, generator, *kind))
-    t, noise = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return Batch(lines, x_0, t.to(x_0.device), noise.to(x_0.device))
+    sizes = (args.num_pairs, 1, args.group_size, model.latent_shape)
+    kind = (args.stratified, args.group_shared_pairs)
+    generators = [generator_for(args.seed, iteration, "pairs", slot) for slot in prompts]
+    pairs = [draw_pairs(sigmas, *sizes, generator, *kind) for generator in generators]
+    return lines, x_0, *map(torch.cat, zip(*pairs))
 
 
-def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive") -> tuple[object, object]:
-    """ELBO surrogate L of final samples: log pi(x_0 | prompt) <- -L.   [V-GRPO, Eq. 14]
-        z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v(z_t, t);  L = mean_j l(t_j, noise_j)
-        adaptive: l = mean_d (x0_hat - x_0)^2 / stopgrad(mean_d |x0_hat - x_0|)
-        x, v, eps: l = mean_d (s (v - (noise - x_0)))^2, s = t, 1, 1 - t: MSE of that prediction
-    x_0: (B, C, H, W);  t: (B, N) in (0, 1];  noise: (B, N, C, H, W)
-    Returns L (B,) and x0_hat (B, N, C, H, W).
-    Deviation: means where the paper prints a norm (as the released code); denominator >= 1e-5."""
-    assert len(t) == len(x_0), "one row of t for each sample"
-    assert noise.shape == (*t.shape, *x_0.shape[1:]), "noise (B, N, ...) for t (B, N), x_0 (B, ...)"
-    losses, x0_hats = [], []
-    for j in range(t.shape[1]):
-        t_j = rearrange(t[:, j], "b -> b 1 1 1")
-        z_t = (1 - t_j) * x_0 + t_j * noise[:, j]
-        v = velocity_fn(z_t, t[:, j])
-        x0_hat = z_t - t_j * v
-        x_error = x0_hat - x_0
-        v_error = v - (noise[:, j] - x_0)
-        errors = {"x": x_error, "v": v_error, "eps": (1 - t_j) * v_error, "adaptive": x_error}
-        error = errors[weighting].flatten(1)
-        loss = error.square().mean(dim=1)
-        if weighting == "adaptive":
-            normaliser = error.abs().mean(dim=1).clamp_min(1e-5)  # DiffusionNFT's value
-            loss = loss / normaliser.detach()
-        losses.append(loss)
-        x0_hats.append(x0_hat)
-    return torch.stack(losses).mean(dim=0), torch.stack(x0_hats, dim=1)
+@torch.no_grad()
+def generate(model, lines, draws, sigmas, args):
+    """Final latents (n, ...) of n prompt lines from n named noises, sample_batch at a time."""
+    x_0 = []
+    for rows in batches(len(lines), "sample", args.sample_batch):
+        velocity_fn, noise = model.velocity_fn(lines[rows]), model.noise(draws[rows])
+        x_0.append(ode_sample(velocity_fn, noise, sigmas, args.solver))
+    return torch.cat(x_0)
 
 
-def soft_clip(adv: object, eta: float) -> object:
+def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
+    """Final latents of the flow ODE dx = v dt.   [DPM-Solver++(2M), arXiv 2211.01095]
+        x <- (t'/t) x + (1 - t'/t) x0_mid, which is Euler's x + (t' - t) v if x0_mid = x0_hat
+        dpm2: x0_mid = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
+    h: step in lam = log((1 - t) / t), the paper's lambda for alpha = 1 - t, sigma = t. It is
+    infinite at t = 1 and t = 0, so the first two steps and the last are Euler's.
+    x: (B, ...) noise;  sigmas: (T + 1,) falling from 1 to 0;  solver: dpm2, euler.  Returns x_0."""
+    assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
+    lam = torch.log1p(-sigmas) - torch.log(sigmas)
+    x0_prev = None
+    for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
+        x0_hat = x0_mid = x - t * velocity_fn(x, t)
+        if solver == "dpm2" and 2 <= i < len(sigmas) - 2:
+            h_prev, h = lam[i - 1 : i + 2].diff()
+            x0_mid = x0_hat + h / (2 * h_prev) * (x0_hat - x0_prev)
+        x = t_next / t * x + (1 - t_next / t) * x0_mid
+        x0_prev = x0_hat
+    return x
+
+
+def draw_pairs(sigmas, num_pairs, num_prompts, group_size, latent_shape, generator,
+               stratified=True, group_shared=True):  # fmt: skip
+    """Monte Carlo pairs (t_j, noise_j) of the surrogate.   [V-GRPO, section 3]
+    stratified: t_j is uniform on the j-th of N chunks of the grid. So every image is measured at
+    all levels of noise, and its estimate is steady. Else each t_j is uniform on the whole grid.
+    group_shared: one set a prompt. Advantages compare the images of a group, so the error of
+    common pairs is common to all, and cancels in the differences. Else one set an image.
+    sigmas: (T + 1,) grid, its final 0 left out;  num_pairs: N, at most T if stratified
+    Returns t (P G, N) in (0, 1] and noise (P G, N, *latent_shape), prompt-major, on the CPU.
+    Deviation: the released code has one set for the batch; ours is per prompt, as in the text."""
+    grid = sigmas[:-1].cpu()
+    copies = group_size if group_shared else 1
+    sets = num_prompts * group_size // copies
+    chunks = grid.tensor_split(num_pairs) if stratified else [grid] * num_pairs
+    t = [chunk[torch.randint(len(chunk), (sets,), generator=generator)] for chunk in chunks]
+    noise = torch.randn(sets, num_pairs, *latent_shape, generator=generator, dtype=grid.dtype)
+    t = repeat(torch.stack(t), "n p -> (p g) n", g=copies)
+    return t, repeat(noise, "p n ... -> (p g) n ...", g=copies)
+
+
+def advantages(scores, weights, args):
+    """adv (n,) of this process's images, and metrics, from scores: name -> (P G,) of all."""
+    grouping = (args.group_size, weights, args.adv_std, None if args.soft_clip else 5.0)
+    adv, metrics = group_advantages(scores, *grouping)
+    adv = soft_clip(adv, args.soft_clip) if args.soft_clip else adv
+    return adv.chunk(WORLD_SIZE)[RANK], metrics
+
+
+def soft_clip(adv, eta):
     """Bounded advantage eta tanh(A / eta), slope 1 at 0; adv: any shape, eta > 0.   [Eq. 17]"""
     return eta * torch.tanh(adv / eta)
 
 
-def vgrpo_loss(
-    L_new, L_old, adv, clip_range=None, kl=None, kl_beta=0.0, ref_kl=None, ref_kl_beta=0.0
-) -> tuple[object, dict[str, object]]:
-    """Negative V-GRPO objective.   [V-GRPO, section 3; D: Eq. 16]
+def update(model, optimizer, lines, x_0, t, noise, adv, args):
+    """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [Alg. 1]
+    kl      D = mean_jd (x0_hat - x0_old)^2, to the behaviour policy   [Eq. 16]
+    ref_kl  mean_jd (v - v_ref)^2, to the initial model   [ours, as in DiffusionNFT and AWM]
+    theta_old is scored in the update's own micro-batches: bf16 kernels depend on the batch, and so
+    the first ratio is exactly 1. lines: n;  x_0: (n, ...);  t, noise: see `sample`;  adv: (n,)
+    Returns gradient norms, and the metrics of all images of all processes in all passes."""
+    minibatch = len(lines) // args.num_minibatches
+    controls = {name: getattr(args, name) for name in ("clip_range", "kl_beta", "ref_kl_beta")}
+    old, norms, terms = {}, [], []
+
+    def scored(rows, initial=False):
+        velocity_fn = model.velocity_fn(lines[rows], initial)
+        inputs = (part[rows].to(x_0.device) for part in (x_0, t, noise))
+        return surrogate(velocity_fn, *inputs, args.weighting)
+
+    if args.update_epochs * args.num_minibatches > 1:
+        for rows in batches(len(lines), "theta_old", args.micro_batch, minibatch):
+            with torch.no_grad():
+                old[rows.start] = [part.cpu() for part in scored(rows)]
+    for rows in batches(len(lines), "update", args.micro_batch, minibatch, args.update_epochs):
+        L, x0_hat = now = scored(rows)
+        L_old, x0_old = (part.detach().to(L.device) for part in old.get(rows.start, now))
+        kl = (x0_hat - x0_old).square().flatten(1).mean(dim=1)
+        ref_kl = torch.zeros_like(kl)
+        if args.ref_kl_beta:
+            with torch.no_grad():
+                _, x0_ref = scored(rows, initial=True)
+            v_error = (x0_hat - x0_ref).flatten(2) / t[rows, :, None].to(L)  # x0_hat = z - t v
+            ref_kl = v_error.square().flatten(1).mean(dim=1)
+        loss, _ = vgrpo_loss(L, L_old, adv[rows], kl=kl, ref_kl=ref_kl, **controls)
+        (loss * len(L) / minibatch).backward()
+        terms.append(torch.stack([L, L_old, adv[rows], kl, ref_kl], dim=1).detach())
+        if rows.stop % minibatch == 0:
+            norms.append(optimizer_step(optimizer, args))
+    L, L_old, A, kl, ref_kl = gather(torch.cat(terms)).T.contiguous()
+    return norms, vgrpo_loss(L, L_old, A, kl=kl, ref_kl=ref_kl, **controls)[1]
+
+
+def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
+    """ELBO surrogate L of final samples: log pi(x_0 | prompt) <- -L.   [V-GRPO, Eq. 14]
+        z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v(z_t, t);  L = mean_j l(t_j, noise_j)
+        adaptive: l = mean_d (x0_hat - x_0)^2 / stopgrad(mean_d |x0_hat - x_0|)
+        x, v, eps: l = mean_d (s (v - (noise - x_0)))^2, s = t, 1, 1 - t: MSE of that prediction
+    The normaliser is a weight, not an objective: it brings every pair to one scale, so that no
+    level of noise drowns the others. Without stopgrad the step would leave the pretraining loss's.
+    x_0: (B, ...);  t: (B, N) in (0, 1];  noise: (B, N, ...).  One call of the network for all.
+    Returns L (B,) and x0_hat (B, N, ...).
+    Deviation: means where the paper prints a norm (as the released code); denominator >= 1e-5."""
+    pairs = (len(x_0), t.shape[1])
+    assert t.shape == pairs and noise.shape == (*pairs, *x_0.shape[1:]), (
+        "t (B, N), noise (B, N, ...)"
+    )
+    x_0, s = x_0[:, None], t.reshape(*t.shape, *[1] * (noise.ndim - 2))
+    z_t = (1 - s) * x_0 + s * noise
+    v = velocity_fn(rearrange(z_t, "b n ... -> (n b) ..."), rearrange(t, "b n -> (n b)"))
+    v = rearrange(v, "(n b) ... -> b n ...", b=len(t))
+    x0_hat = z_t - s * v
+    x_error, v_error = x0_hat - x_0, v - (noise - x_0)
+    errors = {"x": x_error, "v": v_error, "eps": (1 - s) * v_error, "adaptive": x_error}
+    error = errors[weighting].reshape(*t.shape, -1)
+    loss = error.square().mean(dim=2)
+    if weighting == "adaptive":
+        normaliser = error.abs().mean(dim=2).clamp_min(1e-5)  # DiffusionNFT's value
+        loss = loss / normaliser.detach()
+    return loss.mean(dim=1), x0_hat
+
+
+def vgrpo_loss(L_new, L_old, adv, clip_range=0, kl=0, kl_beta=0, ref_kl=0, ref_kl_beta=0):
+    """Negative V-GRPO objective.   [V-GRPO, section 3]
         ratio = exp(L_old - L_new)
         J = mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A))
-        loss = -J + beta mean(D) + beta_ref mean(D_ref)
-    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps; None, 0 = no clip
-    kl, ref_kl: (B,) D to the behaviour policy (x-space), to the initial model (v-space); None = 0
-    Returns loss () and detached metrics.  Deviation: the last term is ours, off at beta_ref = 0."""
+        loss = -J + beta mean(kl) + beta_ref mean(ref_kl)
+    In the first gradient step ratio is 1 in value, but its gradient is -dL: dloss/dL = A / B, the
+    advantage-weighted pretraining gradient. Clip and kl act from the second step on.
+    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps; 0 = no clip
+    kl, ref_kl: (B,), see `update`
+    Returns loss () and detached metrics.  Deviation: ref_kl is ours, off at beta_ref = 0."""
     assert L_new.shape == L_old.shape == adv.shape, "an advantage for each surrogate"
     ratio = torch.exp(L_old - L_new)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
     policy = -torch.minimum(ratio * adv, clipped * adv).mean()
-    none = torch.zeros_like(policy)
-    kl_term = none if kl is None else kl_beta * kl.mean()
-    ref_term = none if ref_kl is None else ref_kl_beta * ref_kl.mean()
-    loss = policy + (kl_term + ref_term)
+    penalty = (torch.zeros_like(adv) + kl_beta * kl + ref_kl_beta * ref_kl).mean()
+    loss = policy + penalty
     metrics = {
         "loss/total": loss,
         "loss/policy": policy,
-        "loss/kl": kl_term + ref_term,
+        "loss/kl": penalty,
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max_dev": (ratio - 1).abs().max(),
         "policy/clip_frac": (clipped * adv < ratio * adv).to(adv.dtype).mean(),
         "policy/approx_kl": (ratio - 1 - (L_old - L_new)).mean(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def backward_pairs(velocity_fn, initial_fn, batch: Batch, args, share: float) -> object:
-    """Adds the gradient of share * vgrpo_loss(batch), a pair at a time: memory is that of N = 1.
-    L is a mean over pairs inside exp. So the chain rule is split: dloss/dL follows from the value
-    of L alone, and weighs each pair's gradient. This equals loss.backward() over all pairs.
-    With one step an iteration ratio = 1 and D = 0 whatever L is: no first pass is needed.
-    share: the batch's part of a gradient step.  Returns L_old, L_new, D, D_ref as (4, B)."""
-    L_now = L_old = torch.zeros_like(batch.adv)
-    if batch.L_old is not None:
-        L_old = batch.L_old
-        with torch.no_grad():
-            L_now, _ = surrogate(velocity_fn, batch.x_0, batch.t, batch.noise, args.weighting)
-    L_now = L_now.clone().requires_grad_()
-    policy_loss, _ = vgrpo_loss(L_now, L_old, batch.adv, args.clip_range)
-    (slope,) = torch.autograd.grad(policy_loss, L_now)
-    num_pairs = batch.t.shape[1]
-    terms = batch.adv.new_zeros(3, len(batch.adv))  # L_new, D, D_ref
-    for j in range(num_pairs):
-        pair = slice(j, j + 1)
-        t, noise = batch.t[:, pair], batch.noise[:, pair]
-        L, x0_hat = surrogate(velocity_fn, batch.x_0, t, noise, args.weighting)
-        kl = ref_kl = torch.zeros_like(L)
-        if batch.x0_old is not None:
-            difference = (x0_hat - batch.x0_old[:, pair]).flatten(1)
-            kl = difference.square().mean(dim=1)
-        if args.ref_kl_beta:
-            with torch.no_grad():
-                _, x0_ref = surrogate(initial_fn, batch.x_0, t, noise)
-            v_difference = (x0_hat - x0_ref).flatten(1) / t  # x0_hat = z_t - t v
-            ref_kl = v_difference.square().mean(dim=1)
-        loss = slope @ L + args.kl_beta * kl.mean() + args.ref_kl_beta * ref_kl.mean()
-        (share / num_pairs * loss).backward()
-        terms += torch.stack([L, kl, ref_kl]).detach() / num_pairs
-    L_old = terms[0] if batch.L_old is None else L_old
-    return torch.cat([L_old[None], terms])
-
-
-@torch.no_grad()
-def store_old(model: Model, batch: Batch, args, minibatch: int) -> None:
-    """L and x0_hat of theta_old, in the update's micro-batches: the first ratio is 1 exactly."""
-    L_old, x0_old = [], []
-    for rows in batches(len(batch.lines), "theta_old", args.micro_batch, minibatch):
-        part = batch[rows]
-        velocity_fn = model.velocity_fn(part.lines)
-        L, x0_hat = surrogate(velocity_fn, part.x_0, part.t, part.noise, args.weighting)
-        L_old.append(L)
-        if args.kl_beta:
-            x0_old.append(x0_hat)
-    batch.L_old = torch.cat(L_old)
-    batch.x0_old = torch.cat(x0_old) if x0_old else None
-
-
-def update(model: Model, batch: Batch, args, step: object) -> dict[str, object]:
-    """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [Alg. 1]
-    batch: with adv;  step: one optimizer step on the gradients so far, which it sets to zero
-    Returns the metrics of all samples of all processes in every pass."""
-    total, minibatch = len(batch.lines), len(batch.lines) // args.num_minibatches
-    if args.update_epochs * args.num_minibatches > 1:
-        store_old(model, batch, args, minibatch)
-    terms = batch.adv.new_zeros(args.update_epochs, total, 4)  # L_old, L_new, D, D_ref
-    for epoch in range(args.update_epochs):
-        for rows in batches(total, "update", args.micro_batch, minibatch):
-            part = batch[rows]
-            velocity_fn = model.velocity_fn(part.lines)
-            initial_fn = model.velocity_fn(part.lines, initial=True)
-            share = len(part.lines) / minibatch
-            terms[epoch, rows] = backward_pairs(velocity_fn, initial_fn, part, args, share).T
-            if rows.stop % minibatch == 0:
-                step()
-    L_old, L_new, D, D_ref = gather(terms.flatten(0, 1)).T.contiguous()  # each a row in memory
-    adv = gather(batch.adv.repeat(args.update_epochs))
-    controls = (args.clip_range, D, args.kl_beta, D_ref, args.ref_kl_beta)
-    return vgrpo_loss(L_new, L_old, adv, *controls)[1]
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -409,9 +353,8 @@ def main(argv):
     done = load_checkpoint(model, optimizer, args)  # iterations
     run_dir, record = open_run(args, done)
     sigmas = sigma_grid(args.steps, args.shift)
-    evaluated = partial(evaluate, model, eval_lines, reward_fns, run_dir, args)
     if not done:
-        record({"iteration": 0} | evaluated(0))
+        record({"iteration": 0} | evaluate(model, eval_lines, reward_fns, run_dir, args, 0))
     bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=BAR_OFF)
     for iteration in bar:
         prompts = draw_prompts(train_lines, iteration, args)
@@ -420,20 +363,12 @@ def main(argv):
         measured = partial(stage, model, logged, len(prompts) * args.images_per_prompt())
         # >>> METHOD: Algorithm 1, in its order
         with measured("sample"):
-            batch = sample(model, prompts, sigmas, args, iteration)
+            lines, x_0, t, noise = sample(model, prompts, sigmas, args, iteration)
         with measured("reward"):
-            scores = score(model, batch.x_0, batch.lines, reward_fns, args)
+            scores = score(model, x_0, lines, reward_fns, args)
         with measured("update"):
-            clamp = None if args.soft_clip else 5.0
-            grouping = (args.group_size, reward_weights, args.adv_std, clamp)
-            adv, metrics = group_advantages(scores, *grouping)
-            if args.soft_clip:
-                adv = soft_clip(adv, args.soft_clip)  # Eq. 17
-            batch.adv = adv.chunk(WORLD_SIZE)[RANK]
-            norms = []
-            losses = update(
-                model, batch, args, lambda: norms.append(optimizer_step(optimizer, args))
-            )
+            adv, metrics = advantages(scores, reward_weights, args)
+            norms, losses = update(model, optimizer, lines, x_0, t, noise, adv, args)
         # <<< METHOD
         logged |= {name: value.item() for name, value in (metrics | losses).items()}
         taken = [norm for norm in norms if math.isfinite(norm)]
@@ -447,7 +382,7 @@ def main(argv):
         last = iteration == args.iterations
         model.swap_average()  # it is what we evaluate and give away
         if last or iteration % args.eval_every == 0:
-            logged |= evaluated(iteration)
+            logged |= evaluate(model, eval_lines, reward_fns, run_dir, args, iteration)
         if args.export_every and iteration % args.export_every == 0:
             model.save(run_dir / f"weights/iter_{iteration:04d}")
         model.swap_average()
@@ -472,7 +407,6 @@ SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1
 TINY = str(Path(__file__).resolve().with_name("tiny_sd3"))
 MODEL_IDS = {"tiny": TINY, "sd3": SD3, "flux": FLUX}
 CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
-MAY_BE_ZERO = ("iterations", "weight_decay", "soft_clip")  # besides those that are 0 by default
 
 
 def parse_args(argv):
@@ -483,18 +417,18 @@ def parse_args(argv):
     parser.error = fail  # one sentence, no usage text
     for action in parser._actions:  # a list may be empty: --splits alone is Flow-GRPO
         action.nargs = "*" if action.nargs == "+" else action.nargs
-    chosen, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if chosen.model not in PRESETS and not chosen.resume:
+    no_help = [word for word in argv if word not in ("-h", "--help")]
+    chosen, _ = parser.parse_known_args(no_help)
+    kind = chosen.model
+    if kind not in PRESETS and not chosen.resume:
         from diffusers import DiffusionPipeline
 
-        chosen.model = CLASSES.get(DiffusionPipeline.load_config(chosen.model).get("_class_name"))
-    defaults = (
-        read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(chosen.model)
-    )
-    parser.set_defaults(**(defaults or fail("--model is neither an SD3 nor a FLUX pipeline.")))
+        kind = CLASSES.get(DiffusionPipeline.load_config(kind).get("_class_name"))
+    defaults = read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(kind)
+    parser.set_defaults(**vars(Config()) | (defaults or fail("--model is neither SD3 nor FLUX.")))
     args = Config(**vars(parser.parse_args(argv)))
     for name, value in vars(args).items():
-        zero = name in MAY_BE_ZERO or getattr(Config, name, None) == 0
+        zero = getattr(Config, name) == 0 or name in ("iterations", "weight_decay", "soft_clip")
         least = 0 if zero else 2 if name == "group_size" else 1e-30
         most = 1 - 1e-9 if name == "ema_decay" else 1e30  # finite in fp32
         if type(value) in (int, float) and not least <= value <= most:
@@ -520,11 +454,11 @@ class Model:
         most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
         if args.resolution % unit or args.resolution > most:
             fail(f"--resolution must be a multiple of {unit} px, and at most {most}.")
-        side = args.resolution // pipe.vae_scale_factor
-        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
+        sides = [args.resolution // pipe.vae_scale_factor] * 2
+        self.latent_shape = (pipe.vae.config.latent_channels, *sides)
         self.pipe, self.args, self.device = pipe, args, device
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
-        scale = args.guidance_scale
+        self.scale = scale = args.guidance_scale
         self.guidance = [scale, 1 - scale] if scale > 1 and not self.is_flux else [1.0]
         self.evaluations, self.cache = 0, {}  # latents through the network; prompt -> encoding
         self.vae = pipe.vae.requires_grad_(False).to(device)
@@ -561,8 +495,8 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance, for
-        the empty one. New ones are encoded in one visit of the text encoders, and kept on the host."""
+        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance:
+        also the empty one's. New ones are encoded in one visit of the text encoders, and kept."""
         if not self.cache.keys() >= set(prompts):
             self.cache = self.cache if len(self.cache) < 1000 else {}
             parts = self.pipe.components.items()
@@ -575,11 +509,11 @@ class Model:
                     self.cache[prompt] = found[0].cpu(), found[-2].cpu()  # context and pooled
         g = len(self.guidance)
         texts = [text for prompt in prompts for text in (prompt, "")[:g]]
-        parts = zip(*[self.cache[text] for text in texts], strict=True)
+        parts = zip(*[self.cache[text] for text in texts])
         return [torch.cat(part).unflatten(0, (-1, g)).to(self.device) for part in parts]
 
     def velocity(self, x_t, t, cond, initial=False):
-        """v(x_t, t), fp32, of the model or the initial one; autocasts where encoders are bf16 (CUDA).
+        """v(x_t, t) of the model, or the initial one. Autocasts where encoders are bf16: on CUDA.
         x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
         net, g = self.initial if initial else self.transformer, len(self.guidance)
         copies = len(x_t) // len(cond[0])
@@ -595,15 +529,14 @@ class Model:
             else:
                 v = net(x, context, pooled, timestep=1000 * t).sample
         parts = rearrange(v.float(), "(b g) ... -> g b ...", g=g)
-        return sum(weight * part for weight, part in zip(self.guidance, parts, strict=True))
+        return sum(weight * part for weight, part in zip(self.guidance, parts))
 
     def flux_velocity(self, net, x, t, context, pooled):
         """FLUX sees 2 x 2 latents as one token at (0, row, column); it multiplies t by 1000."""
         h, w = x.shape[2] // 2, x.shape[3] // 2
         img_ids = self.pipe._prepare_latent_image_ids(None, h, w, x.device, x.dtype)
         txt_ids = x.new_zeros(context.shape[1], 3)
-        scale = torch.full_like(t, self.args.guidance_scale)
-        guidance = scale if net.config.guidance_embeds else None
+        guidance = torch.full_like(t, self.scale) if net.config.guidance_embeds else None
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
         return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
@@ -661,13 +594,15 @@ def load_model(args, device):
 
     diffusers.utils.logging.disable_progress_bar()
     path = MODEL_IDS.get(args.model, args.model)
-    parts = diffusers.DiffusionPipeline.load_config(path).items()  # a pipeline may lack its T5
-    absent = {name: None for name, part in parts if name.endswith("_3") and part == [None, None]}
+    parts = diffusers.DiffusionPipeline.load_config(path).items()
+    absent = [name for name, part in parts if "_3" in name and part == [None, None]]  # no T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtypes, **absent)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            path, dtype=dtypes, **dict.fromkeys(absent)
+        )
         pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
     except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
         fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
@@ -677,9 +612,8 @@ def load_model(args, device):
 # --------------------------------------------------------------------------- prompts and evaluation
 def batches(total, label, size, block=None, passes=1):
     """Slices of at most `size` that cover range(total), none across a multiple of block; a bar."""
-    block = block or total
-    firsts = [at for start in range(0, total, block) for at in range(start, start + block, size)]
-    slices = [slice(at, min(at + size, at - at % block + block)) for at in firsts]
+    firsts = [n for n in range(total) if n % (block or total) % size == 0]
+    slices = [slice(*ends) for ends in itertools.pairwise([*firsts, total])]
     return tqdm(slices * passes, label, leave=False, disable=BAR_OFF)
 
 
@@ -694,7 +628,7 @@ def draw_prompts(lines, iteration, args):
 
 
 def score(model, x_0, lines, reward_fns, args):
-    """name -> rewards (N,) of all processes' x_0, prompt-major; no image is kept.  Raises UserError.
+    """name -> rewards (N,) of all processes' images, which are not kept.  Raises UserError.
     x_0: (m n, C, H, W) final latents, m one after the other for each of n prompt lines"""
     lines = [line for line in lines for _ in range(len(x_0) // len(lines))]
     found = []
@@ -786,8 +720,7 @@ def open_run(args, done):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
     path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if done else []
-    path.write_bytes(b"".join(lines[: done + 1]))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[: done + 1]) if done else b"")
     if args.tracker == "wandb":
         import wandb
 
@@ -803,8 +736,8 @@ def open_run(args, done):
         for name in metrics if args.tracker != "none" else ():
             writer.add_scalar(name, metrics[name], metrics["iteration"])
 
-    images = args.prompts_per_iter * args.images_per_prompt()
-    print(f"{args.iterations} iterations of {images} images on {WORLD_SIZE} process(es).")
+    per_prompt = args.images_per_prompt()
+    print(f"{args.iterations} iterations of {args.prompts_per_iter} x {per_prompt} images")
     print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
     return run_dir, record
 
