@@ -5,7 +5,7 @@
   torchrun --nproc_per_node=8 pave_grpo.py --model sd3  the same run, its prompts split over eight
 
 One iteration, by its functions (the paper's Algorithm 1):
-  sample        for each of P prompts, steps of an ODE solver, but stochastic at K of T steps:
+  sample        for each of P prompts, an ODE solver that is stochastic at K of its T steps:
                     x_0, x_t, x_s = branch_rollout(...) or sde_rollout(...)
   score         R = rewards of the decoded x_0
   advantages    adv = (R - mean_group R) / std_group R, clamped
@@ -17,26 +17,23 @@ One iteration, by its functions (the paper's Algorithm 1):
                 With one gradient step an iteration, logp_old is logp without gradient. With
                 several, it is computed for all transitions before the first.
 
-                  --rollout branch (released code)         --rollout sde (Algorithm 1)
+  --rollout       branch (released code)                   sde (Algorithm 1)
   starts          one noise a prompt: an ODE path          G noises a prompt: G paths
-  a group         G stochastic steps from the same x_t     the G paths of a prompt
+  a group         M = G stochastic steps from one x_t      the G paths of a prompt, M = 1 each
   adv of a step   that of its own branch's image           that of its path's image, at all K
 
   t, sigma        (B,) or ()     flow time in [0, 1]: 1 = noise, 0 = data; sampling goes 1 to 0
   x_t, x_s, x_0   (B, ...)       latents before and after a stochastic step, and at the end
   v               (B, ...)       velocity noise - x_0, what the network predicts; ... is C, H, W
-  P, G, T, K, M                  prompts an iteration, samples a group, steps, trained steps;
-                                 samples a start and step: M = G branches, or M = 1 path
+  P, G, T, K                     prompts an iteration, samples a group, steps, trained steps
   S, k                           x_t -> x_s is scored as k finer steps, for k = 1 and k in S
-  mean, std                      of the Gaussian p(x_s | x_t)
-  logp_new, _old  (1 + |S|, B)   its log-density under theta and theta_old
+  logp_new, _old  (1 + |S|, B)   log-density of p(x_s | x_t) = N(mean, std), theta and theta_old
   adv, ratio      (B,)           advantage; (1 + |S|, B) p_theta / p_old
-
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA. Latents,
 means, ratios and losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-densities
 are means over latent dimensions, never sums. All randomness comes from `generator_for`. Left out:
-ODE solvers but Euler (vgrpo.py), other pipelines than SD3 and FLUX.
-METHOD and main are the paper. The rest, from "command line" on, is the same in vgrpo.py.
+ODE solvers but Euler (vgrpo.py), other pipelines than SD3 and FLUX. METHOD and main are the
+paper. The rest, from "command line" on, is the same in vgrpo.py.
 """
 
 import copy
@@ -49,7 +46,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -68,7 +64,7 @@ from rewards import fail, group_advantages, load_prompts
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
-BAR_OFF = None if RANK == 0 else True  # None: bars are off when stderr is not a terminal
+CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -101,7 +97,6 @@ class MethodConfig:
 
 @dataclass
 class Config(MethodConfig):  # these defaults hold unless PRESETS has another for the --model
-    # model
     model: str = flag("tiny", "tiny, sd3, flux, a diffusers folder or hub id; picks the defaults")
     resolution: int = flag(512, "image height and width, px")
     guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: embedded")
@@ -111,18 +106,15 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
     grad_checkpointing: bool = flag(False, "recompute activations backward: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformer's blocks; sd3, flux: on with CUDA")
-    # data and rewards
     prompts: str = flag("prompts/general.txt", "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag("prompts/general.txt", "evaluation prompts, likewise")
     reward: str = flag("hpsv3=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
-    # sampling
     prompts_per_iter: int = flag(48, "P, prompts an iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
     sample_batch: int = flag(16, "images a call of network or rewards; branches: G at least")
     steps: int = flag(40, "T, solver steps of a training image")
     eval_steps: int = flag(40, "solver steps of an evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
-    # update
     micro_batch: int = flag(4, "images, or starts of branches, a backward pass: sets memory only")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
@@ -133,7 +125,6 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model")
     ema_decay: float = flag(0.0, "of the averaged weights, evaluated and saved; 0 = no average")
-    # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
     eval_every: int = flag(10, "iterations between evaluations")
@@ -164,10 +155,9 @@ PRESETS = {
 
 # ----------------------------------------------------------------------- sigma grid and generators
 def sigma_grid(num_steps, shift):
-    """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
+    """Shifted flow times (T + 1,) fp32, falling from 1 to 0.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
-    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
-    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing."""
+    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise."""
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * s / (1 + (shift - 1) * s)).float()
 
@@ -183,32 +173,33 @@ def generator_for(*draw):
 def sample(model, prompts, sigmas, args, iteration):
     """Groups of transitions from each prompt: branches off one ODE path, or G SDE paths.
     prompts: slot -> prompt line, for this process's slots (places among the iteration's P)
-    Returns n prompt lines, one a start: a prompt (branch) or a path (sde); x_0 (images, ...), those
-    of a start one after the other, step by step; x_t (n, K, ...) and x_s (n, K, M, ...)"""
+    Returns n prompt lines, one a start: a prompt (branch) or a path (sde); x_0 (images, ...), start
+    by start; x_t (n, K, ...) and x_s (n, K, M, ...)"""
     draw, group = (args.seed, iteration), range(args.group_size)
     starts, samples, rollout = [(slot,) for slot in prompts], args.group_size, branch_rollout
     if args.rollout == "sde":
-        starts, samples, rollout = list(itertools.product(prompts, group)), 1, sde_rollout
-    steps = list(itertools.product(range(len(args.sde_steps)), range(samples)))
+        starts, samples, rollout = [*itertools.product(prompts, group)], 1, sde_rollout
+    steps = [*itertools.product(range(len(args.sde_steps)), range(samples))]
     lines = [prompts[slot] for slot, *_ in starts]
     found = []
     for part in batches(len(starts), "sample", max(1, args.sample_batch // samples)):
         x = model.noise([(*draw, "noise", *start) for start in starts[part]])
         names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
-        noise = rearrange(model.noise(names), "(n i m) ... -> n i m ...", n=len(x), m=samples)
+        noise = model.noise(names).unflatten(0, (len(x), -1, samples))
         inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
         found.append(rollout(*inputs, args.eta, args.transition))
     x_0, x_t, x_s = map(torch.cat, zip(*found))
-    return lines, x_0.reshape(-1, *model.latent_shape), x_t, x_s
+    return lines, x_0.flatten(0, -4), x_t, x_s
 
 
 def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
     """One ODE path from each x; M = G stochastic steps from it at each of K sde_steps, then ODE.
     This is the released code's rollout: a group has one x_t, and rewards of its own.
     x: (P, ...) standard normal;  sigmas: (T + 1,) falling to 0;  noise: (P, K, M, ...)
-    sde_steps: below T - 1. The last step has std 0 (cps) or an unbounded score (flow), so that it
-    is never stochastic, nor trained.  Returns x_0, x_s like noise, and x_t (P, K, ...)"""
-    check_grid(sigmas, sde_steps)
+    sde_steps: never the last, whose std is 0 (cps) or whose score is unbounded (flow)
+    Returns x_0 and x_s like noise, x_t (P, K, ...)"""
+    assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
+    assert set(sde_steps) <= set(range(len(sigmas) - 2)), "trained steps are from 0 to T - 2"
     x_0, x_s = torch.empty_like(noise), torch.empty_like(noise)
     path = ode_path(velocity_fn, x, sigmas[: max(sde_steps) + 1])
     for at, i in enumerate(sde_steps):
@@ -224,27 +215,22 @@ def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
 
 def sde_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
     """A path from each x, stochastic at the K sde_steps, Euler's ODE elsewhere.   [Eq. 2, 3]
-    x: (B, ...) standard normal;  noise: (B, K, 1, ...);  the rest as for `branch_rollout`
-    Returns x_0 (B, ...), x_t (B, K, ...), x_s (B, K, 1, ...).
+    x: (B, ...) standard normal;  noise: (B, K, 1, ...).  Returns x_0, x_t (B, K, ...), x_s.
     Deviation: Algorithm 1 as printed is stochastic at every step; ours never at the last."""
-    check_grid(sigmas, sde_steps)
+    assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
+    assert set(sde_steps) <= set(range(len(sigmas) - 2)), "trained steps are from 0 to T - 2"
     x_t, x_s = torch.empty_like(noise[:, :, 0]), torch.empty_like(noise)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         v = velocity_fn(x, sigma)
-        if i not in sde_steps:
+        if i in sde_steps:
+            at = sde_steps.index(i)
+            mean, std = sde_step(x, v, sigma, sigma_next, eta, sigmas[1], kind)
+            x_t[:, at] = x
+            x_s[:, at] = mean[:, None] + std * noise[:, at]
+            x = x_s[:, at, 0]
+        else:
             x = x + (sigma_next - sigma) * v
-            continue
-        at = sde_steps.index(i)
-        mean, std = sde_step(x, v, sigma, sigma_next, eta, sigmas[1], kind)
-        x_t[:, at] = x
-        x_s[:, at] = mean[:, None] + std * noise[:, at]
-        x = x_s[:, at, 0]
     return x, x_t, x_s
-
-
-def check_grid(sigmas, sde_steps):
-    assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
-    assert set(sde_steps) <= set(range(len(sigmas) - 2)), "trained steps are from 0 to T - 2"
 
 
 def ode_path(velocity_fn, x, sigmas):
@@ -278,8 +264,8 @@ def advantages(scores, weights, args):
 def update(model, optimizer, lines, x_t, x_s, adv, args):
     """Gradient steps on the stored transitions: update_epochs passes over the minibatches.
     ref_kl  mean_d (mean - mean_ref)^2 / (2 std^2), to the initial model, of k = 1
-    theta_old is scored in the update's own micro-batches: bf16 kernels depend on the batch, and so
-    the first ratio is exactly 1. lines: n;  x_t: (n, K, ...);  x_s: (n, K, M, ...);  adv: (n, K, M)
+    theta_old is scored in the update's own micro-batches, since bf16 kernels depend on the batch:
+    the first ratio is exactly 1.  lines, x_t, x_s: of n starts, see `sample`;  adv: (n, K, M)
     Returns gradient norms, and the metrics of all transitions of all processes in all passes."""
     sigmas = sigma_grid(args.steps, args.shift).to(x_t)
     starts, K, M = adv.shape
@@ -311,10 +297,10 @@ def update(model, optimizer, lines, x_t, x_s, adv, args):
                 ref_kl = repeat(ref_kl, "b -> (b m)", m=M)
             loss, _ = pave_loss(logp, logp_old, A, args.clip_range, ref_kl, args.ref_kl_beta)
             (loss * len(A) / (minibatch * K * M)).backward()
-            terms.append(torch.cat([logp, logp_old, A[None], ref_kl[None]]).detach())
+            terms.append(torch.stack([*logp, *logp_old, A, ref_kl], dim=1).detach())
         if rows.stop % minibatch == 0:
             norms.append(optimizer_step(optimizer, args))
-    *logps, A, ref_kl = gather(torch.cat(terms, dim=1).T).T.contiguous()
+    *logps, A, ref_kl = gather(torch.cat(terms)).T
     logp, logp_old = torch.stack(logps).chunk(2)
     return norms, pave_loss(logp, logp_old, A, args.clip_range, ref_kl, args.ref_kl_beta)[1]
 
@@ -323,10 +309,9 @@ def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sig
     """The coarse transition x_t -> x_s as k - 1 ODE sub-steps, then a stochastic one.   [Eq. 9]
         h = dt / k;  y_0 = x_t;  y_j+1 = y_j + h v(y_j, sigma + j h) for j < k - 1
         p^(k)(x_s | x_t) = N(mean, std) of sde_step from y_k-1 at sigma + (k - 1) h to sigma_next
-    An ODE map is a Dirac, so p^(k) is an exact Gaussian. (y_k-1 - x_t) / ((k - 1) h) is the
-    average velocity. Gradients flow through all k evaluations and the chain of states. All k
-    share v(x_t, sigma), and the j-th evaluations of all k are one call.
-    x_t: (B, ...);  sigma > sigma_next > 0: ();  splits: different k >= 2
+    An ODE map is a Dirac, so p^(k) is an exact Gaussian. (y_k-1 - x_t) / ((k - 1) h) is the average
+    velocity. Gradients flow through all k evaluations. All k share v(x_t, sigma), and the j-th
+    evaluations of all k are one call.  x_t: (B, ...);  sigma > sigma_next > 0: ();  splits: k >= 2
     Returns [(mean (B, ...), std ())], for k = 1 and each k in splits."""
     assert 0 < sigma_next < sigma, "the last step, to 0, has no density"
     dt = sigma_next - sigma
@@ -351,9 +336,8 @@ def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
               mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt
         cps:  std = sigma_next sin(eta pi / 2)
               mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) noise_hat
-    x, v: (B, ...);  sigma > sigma_next > 0: ();  eta: > 0, cps: at most 1
-    sigma_1: the grid's second value, stands in for sigma = 1 in g's denominator
-    Returns mean (B, ...) and std ()."""
+    x, v: (B, ...);  sigma > sigma_next > 0: ();  eta: > 0, cps: at most 1.  sigma_1, the grid's
+    second value, stands in for sigma = 1 in g's denominator.  Returns mean (B, ...) and std ()."""
     sigma, sigma_next = torch.as_tensor(sigma), torch.as_tensor(sigma_next)
     if kind == "flow":
         dt = sigma_next - sigma
@@ -364,8 +348,7 @@ def sde_step(x, v, sigma, sigma_next, eta, sigma_1, kind="flow"):
         return mean, g * (-dt).sqrt()
     std = sigma_next * math.sin(eta * math.pi / 2)
     x0_hat, noise_hat = x - sigma * v, x + (1 - sigma) * v
-    mean = (1 - sigma_next) * x0_hat + (sigma_next**2 - std**2).sqrt() * noise_hat
-    return mean, std
+    return (1 - sigma_next) * x0_hat + (sigma_next**2 - std**2).sqrt() * noise_hat, std
 
 
 def score_transitions(transitions, x_s, target="stored"):
@@ -373,8 +356,8 @@ def score_transitions(transitions, x_s, target="stored"):
     stored: x_s itself, for every k. It was drawn in one step. Under k finer ones the same reward
     reaches the velocity at the times between: a surrogate, no importance weight of what was drawn.
     coupled (ours): mean_k + std_k (x_s - mean_1) / std_1, without gradient. On coarse steps mean_k
-    is far from mean_1 compared with std_k, and x_s would pull it there; x_s's own noise does not.
-    This sample moves with theta, so theta_old has none of its own: one gradient step only."""
+    is far from mean_1 compared with std_k, and x_s pulls it there; its own noise does not. This
+    sample moves with theta, so theta_old has none to keep: one gradient step only."""
     x = x_s.flatten(0, 1)
     logps = []
     for mean, std in transitions:
@@ -390,10 +373,9 @@ def score_transitions(transitions, x_s, target="stored"):
 def gaussian_logp(x, mean, std):
     """Log-density of a stochastic step, averaged over latent dimensions.   [Alg. 1]
         logp = mean_d[-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
-    x, mean: (B, ...) fp32;  std > 0: broadcastable
-    Returns (B,), nats per dimension: a mean, not a sum, since clip ranges assume it.
-    Deviation: the released code drops the constants; they cancel in every ratio."""
-    squared = (x - mean) ** 2 / (2 * std**2)
+    x, mean: (B, ...);  std > 0: broadcastable.  Returns (B,), nats per dimension: a mean, not a
+    sum, as clip ranges assume.  Deviation: the released code drops the constants, which cancel."""
+    squared = ((x - mean) / std) ** 2 / 2
     density = -squared - torch.as_tensor(std).log() - math.log(math.tau) / 2
     return density.flatten(1).mean(1)
 
@@ -404,8 +386,8 @@ def pave_loss(logp_new, logp_old, adv, clip_range=0, ref_kl=0, ref_kl_beta=0):
         J_k = mean(min(ratio_k A, clip(ratio_k, 1 - eps, 1 + eps) A))
         loss = -(J_1 + mean_{k in S} J_k) + beta mean(ref_kl)
     In the first gradient step each ratio is 1 in value, and its gradient is that of logp_k.
-    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv: (B,);  clip_range: eps; 0 = off
-    ref_kl: (B,), see `update`.  Returns loss () and detached metrics."""
+    logp_new, logp_old: (1 + |S|, B), k = 1 first;  adv, ref_kl: (B,), see `update`
+    clip_range: eps; 0 = off.  Returns loss () and detached metrics."""
     assert logp_new.shape == logp_old.shape == (len(logp_new), *adv.shape), "(1 + |S|, B), (B,)"
     ratio = torch.exp(logp_new - logp_old)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
@@ -439,7 +421,7 @@ def main(argv):
     sigmas = sigma_grid(args.steps, args.shift)
     if not done:
         record({"iteration": 0} | evaluate(model, eval_lines, reward_fns, run_dir, args, 0))
-    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=BAR_OFF)
+    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=RANK > 0 or None)
     for iteration in bar:
         prompts = draw_prompts(train_lines, iteration, args)
         model.encode([line["prompt"] for line in prompts.values()])  # one visit of the encoders
@@ -454,7 +436,7 @@ def main(argv):
             adv, metrics = advantages(scores, reward_weights, args)
             norms, losses = update(model, optimizer, lines, x_t, x_s, adv, args)
         # <<< METHOD
-        logged |= {name: value.item() for name, value in (metrics | losses).items()}
+        logged |= {name: float(value) for name, value in (metrics | losses).items()}
         taken = [norm for norm in norms if math.isfinite(norm)]
         if not taken:
             fail(f"no gradient of iteration {iteration} was finite; --resume with a lower --lr.")
@@ -479,20 +461,14 @@ def main(argv):
     if RANK == 0:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         before, after = json.loads(lines[0]), json.loads(lines[-1])
-        for name in sorted(before.keys() - {"iteration"}):
-            print(f"{name}: {before[name]:.3f} -> {after.get(name, math.nan):.3f}")
+        for name in before.keys() & after.keys() - {"iteration"}:
+            print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------ command line
-SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
-TINY = str(Path(__file__).resolve().with_name("tiny_sd3"))
-MODEL_IDS = {"tiny": TINY, "sd3": SD3, "flux": FLUX}
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
-
-
 def parse_args(argv):
     """Reads the flags: --model, or the run to --resume, picks the defaults.  Raises UserError."""
     from transformers import HfArgumentParser
@@ -511,12 +487,13 @@ def parse_args(argv):
     defaults = read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(kind)
     parser.set_defaults(**vars(Config()) | (defaults or fail("--model is neither SD3 nor FLUX.")))
     args = Config(**vars(parser.parse_args(argv)))
+    may_be_zero = ("iterations", "weight_decay", "soft_clip")  # and what is 0 by default
     for name, value in vars(args).items():
-        zero = getattr(Config, name) == 0 or name in ("iterations", "weight_decay", "soft_clip")
-        least = 0 if zero else 2 if name == "group_size" else 1e-30
-        most = 1 - 1e-9 if name == "ema_decay" else 1e30  # finite in fp32
-        if type(value) in (int, float) and not least <= value <= most:
-            fail(f"--{name} is {value}; it must be from {least} to {most}.")
+        zero = value == 0 and (name in may_be_zero or getattr(Config, name) == 0)
+        if type(value) in (int, float) and not (zero or 0 < value < 1e30):
+            fail(f"--{name} is {value}; it must be positive, and finite in fp32.")
+    if args.group_size < 2 or args.ema_decay >= 1:
+        fail("--group_size must be at least 2, and --ema_decay less than 1.")
     if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
         fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
     if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
@@ -526,13 +503,14 @@ def parse_args(argv):
 
 
 # ------------------------------------------------------------------------------------------- model
+SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
+MODEL_IDS = {"tiny": str(Path(__file__).with_name("tiny_sd3")), "sd3": SD3, "flux": FLUX}
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
 
 
-class Model:
-    """A diffusers SD3 or FLUX pipeline as the method needs it."""
-
+class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
     def __init__(self, pipe, args, device):
         unit = 2 * pipe.vae_scale_factor  # the transformer's patches are 2 x 2 latents
         most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
@@ -548,10 +526,9 @@ class Model:
         self.vae = pipe.vae.requires_grad_(False).to(device)
         self.vae.enable_slicing()  # decodes one image after the other
         self.transformer = net = pipe.transformer.requires_grad_(False).to(device)
-        self.initial = None
-        if args.ref_kl_beta:  # the pipeline's own weights; LoRA shares them and the buffers
-            shared = [] if args.full else [*net.parameters(), *net.buffers()]
-            self.initial = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
+        shared = [] if args.full else [*net.parameters(), *net.buffers()]
+        memo = {id(tensor): tensor for tensor in shared}  # LoRA's initial model has no copy of them
+        self.initial = copy.deepcopy(net, memo) if args.ref_kl_beta else None
         net.requires_grad_(args.full)
         for part in filter(None, (net, self.initial)):
             blocks = [*part.transformer_blocks, *getattr(part, "single_transformer_blocks", ())]
@@ -572,15 +549,15 @@ class Model:
             net.add_adapter(lora)
             cast_training_params(net)
         self.trainable = {name: w for name, w in net.named_parameters() if w.requires_grad}
-        averaged = self.trainable.items() if args.ema_decay else ()
-        self.average = {name: weight.detach().clone() for name, weight in averaged}
+        averaged = self.trainable if args.ema_decay else {}
+        self.average = {name: w.detach().clone() for name, w in averaged.items()}
         if args.grad_checkpointing:
             net.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance:
-        also the empty one's. New ones are encoded in one visit of the text encoders, and kept."""
+        """Conditioning of B prompts: context (B g, S, D) and pooled (B g, E); guidance: g = 2,
+        each followed by "". New ones are encoded in one visit of the text encoders, and kept."""
         if not self.cache.keys() >= set(prompts):
             self.cache = self.cache if len(self.cache) < 1000 else {}
             parts = self.pipe.components.items()
@@ -591,22 +568,20 @@ class Model:
                 for prompt in {"", *prompts} - self.cache.keys():
                     found = self.pipe.encode_prompt(prompt, None, **sizes, **sd3)
                     self.cache[prompt] = found[0].cpu(), found[-2].cpu()  # context and pooled
-        g = len(self.guidance)
-        texts = [text for prompt in prompts for text in (prompt, "")[:g]]
+        texts = [text for prompt in prompts for text in (prompt, "")[: len(self.guidance)]]
         parts = zip(*[self.cache[text] for text in texts])
-        return [torch.cat(part).unflatten(0, (-1, g)).to(self.device) for part in parts]
+        return [torch.cat(part).to(self.device) for part in parts]
 
     def velocity(self, x_t, t, cond, initial=False):
         """v(x_t, t) of the model, or the initial one. Autocasts where encoders are bf16: on CUDA.
         x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
         net, g = self.initial if initial else self.transformer, len(self.guidance)
-        copies = len(x_t) // len(cond[0])
-        context, pooled = (repeat(part, "b g ... -> (n b g) ...", n=copies) for part in cond)
         x = repeat(x_t, "b ... -> (b g) ...", g=g)
         t = t.to(x.device).expand(len(x_t)).repeat_interleave(g)
+        copies = len(x) // len(cond[0])
+        context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         self.evaluations += len(x)
-        half = context.dtype == torch.bfloat16  # as load_model decides: on CUDA
-        # without a cache, which would keep a bf16 copy of every weight that FSDP2 gathers
+        half = context.dtype == torch.bfloat16  # on CUDA; a cache would hold what FSDP2 gathers
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
                 v = self.flux_velocity(net, x, t, context, pooled)
@@ -617,13 +592,13 @@ class Model:
 
     def flux_velocity(self, net, x, t, context, pooled):
         """FLUX sees 2 x 2 latents as one token at (0, row, column); it multiplies t by 1000."""
-        h, w = x.shape[2] // 2, x.shape[3] // 2
-        img_ids = self.pipe._prepare_latent_image_ids(None, h, w, x.device, x.dtype)
+        h, w = x.shape[2:]
+        img_ids = self.pipe._prepare_latent_image_ids(None, h // 2, w // 2, x.device, x.dtype)
         txt_ids = x.new_zeros(context.shape[1], 3)
         guidance = torch.full_like(t, self.scale) if net.config.guidance_embeds else None
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        tokens = self.pipe._pack_latents(x, *x.shape)
         v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
-        return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
+        return self.pipe._unpack_latents(v, h, w, vae_scale_factor=1)
 
     def velocity_fn(self, lines, initial=False):
         """velocity_fn(x, t) -> v for the B prompts of these lines; x: (n B, C, H, W), any n."""
@@ -640,8 +615,7 @@ class Model:
         z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
-    def swap_average(self):
-        """Exchanges the trained weights and their average, if one is kept."""
+    def swap_average(self):  # exchanges the trained weights and their average, if one is kept
         for name, average in self.average.items():
             weight = self.trainable[name].data
             kept = weight.clone()
@@ -654,11 +628,10 @@ class Model:
         weights = whole(net.state_dict() if self.args.full else self.trainable)
         if RANK > 0:
             return ""
-        if self.args.full:
+        if self.args.full:  # fully_shard has put FSDP before the name of the class
             folder = folder / "transformer"
             folder.mkdir(parents=True, exist_ok=True)
-            config = net.to_json_string().replace('"FSDP', '"')  # fully_shard renames the class
-            (folder / "config.json").write_text(config)
+            (folder / "config.json").write_text(net.to_json_string().replace('"FSDP', '"'))
             file = folder / "diffusion_pytorch_model.safetensors"
             safetensors.torch.save_file(weights, file, {"format": "pt"})
             load = f'from_pretrained("{folder.as_posix()}", torch_dtype=pipe.dtype)'
@@ -698,13 +671,13 @@ def batches(total, label, size, block=None, passes=1):
     """Slices of at most `size` that cover range(total), none across a multiple of block; a bar."""
     firsts = [n for n in range(total) if n % (block or total) % size == 0]
     slices = [slice(*ends) for ends in itertools.pairwise([*firsts, total])]
-    return tqdm(slices * passes, label, leave=False, disable=BAR_OFF)
+    return tqdm(slices * passes, label, leave=False, disable=RANK > 0 or None)
 
 
 def draw_prompts(lines, iteration, args):
     """slot -> prompt line, for this process's slots: pass after pass over the shuffled file."""
     P, drawn = args.prompts_per_iter, {}
-    for slot in torch.arange(P).chunk(WORLD_SIZE)[RANK].tolist():
+    for slot in range(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE):
         done, place = divmod((iteration - 1) * P + slot, len(lines))
         order = torch.randperm(len(lines), generator=generator_for(args.seed, done, "prompts"))
         drawn[slot] = lines[order[place]]
@@ -724,8 +697,7 @@ def score(model, x_0, lines, reward_fns, args):
 
 
 def evaluate(model, lines, reward_fns, run_dir, args, iteration):
-    """Mean rewards, from the same noise at every evaluation and seed; samples/iter_XXXX.png.
-    Processes make equal shares: where that does not divide, some images twice, counted once."""
+    """Mean rewards, always from the same noise; a grid. What only fills up shares is left out."""
     total = len(lines) * args.eval_samples
     share = math.ceil(total / WORLD_SIZE)
     here = [n % total for n in range(share * RANK, share * (RANK + 1))]
@@ -737,16 +709,13 @@ def evaluate(model, lines, reward_fns, run_dir, args, iteration):
         captions = [line["prompt"] for line in prompts[:12]]
         grid = rewards.image_grid(model.decode(x_0[:12]), captions)
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    return {f"eval/{name}": scores[name][:total].mean().item() for name in scores}
+    return {f"eval/{name}": float(scores[name][:total].mean()) for name in scores}
 
 
 # ------------------------------------------------------------------------------- checkpoint and log
-CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
-
-
 def save_checkpoint(run_dir, iteration, model, optimizer, args):
     """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
-    tensors = model.trainable | {f"average.{name}": model.average[name] for name in model.average}
+    tensors = model.trainable | {f"average.{name}": w for name, w in model.average.items()}
     for name, weight in model.trainable.items():
         moments = optimizer.state[weight]
         tensors |= {f"state.{name}.{key}": moments[key] for key in moments}
@@ -773,18 +742,17 @@ def read_checkpoint(run_dir):
 
 
 def load_checkpoint(model, optimizer, args):
-    """Restores the run to --resume and returns its iteration, or 0. For --start_from the weights
-    only: their average, if the run kept one.  Raises UserError."""
+    """Restores --resume and returns its iteration; of --start_from, the averaged weights only."""
     run_dir = args.resume or args.start_from
     if not run_dir:
         return 0
     state = read_checkpoint(run_dir)
     saved = safetensors.torch.load_file(Path(run_dir, CHECKPOINT))
-    shapes = {name: saved[name].shape for name in saved.keys() & model.trainable.keys()}
-    same = args.full or args.lora_alpha == state["config"]["lora_alpha"]
-    if not same or shapes != {name: w.shape for name, w in model.trainable.items()}:
+    weights = model.trainable.items()
+    fits = all(name in saved and saved[name].shape == weight.shape for name, weight in weights)
+    if not fits or not (args.full or args.lora_alpha == state["config"]["lora_alpha"]):
         fail(f"{run_dir} holds other weights: its --model, --full or --lora_* are others.")
-    for name, weight in model.trainable.items():
+    for name, weight in weights:
         average = saved.get(f"average.{name}", saved[name])
         weight.data.copy_(part_of(saved[name] if args.resume else average, weight))
         if model.average:
@@ -804,7 +772,8 @@ def open_run(args, done):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
     path = run_dir / "metrics.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[: done + 1]) if done else b"")
+    lines = path.read_bytes().splitlines(keepends=True) if done else []
+    path.write_bytes(b"".join(lines[: done + 1]))
     if args.tracker == "wandb":
         import wandb
 
@@ -817,8 +786,8 @@ def open_run(args, done):
     def record(metrics):
         with path.open("a", newline="\n") as log:
             print(json.dumps(metrics), file=log)
-        for name in metrics if args.tracker != "none" else ():
-            writer.add_scalar(name, metrics[name], metrics["iteration"])
+        for name, value in metrics.items() if args.tracker != "none" else ():
+            writer.add_scalar(name, value, metrics["iteration"])
 
     per_prompt = args.images_per_prompt()
     print(f"{args.iterations} iterations of {args.prompts_per_iter} x {per_prompt} images")
@@ -852,7 +821,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")  # TF32, for rewards
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashes on FLUX
     if WORLD_SIZE > 1 and not dist.is_initialized():  # 4 hours: slow rewards, large checkpoints
-        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=4))
+        dist.init_process_group("nccl" if CUDA else "gloo", timeout=8 * dist.default_pg_timeout)
     return device
 
 
@@ -883,14 +852,13 @@ def gather(here):
 
 
 def optimizer_step(optimizer, args):
-    """One step on gradients averaged over processes and clipped, which are then set to zero.
-    Returns their norm before clipping; no step is taken if it is not finite."""
+    """One step on averaged, clipped gradients, if their norm is finite; zeroes them, returns it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights if WORLD_SIZE > 1 and not args.full else ():  # FSDP2 averages its own
         dist.all_reduce(weight.grad)
         weight.grad /= WORLD_SIZE
     norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-    norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()

@@ -24,7 +24,6 @@ One iteration, by its functions (the paper's Algorithm 1):
   P, G, N                      prompts an iteration, images a prompt, pairs (t, noise) an image
   adv, ratio    (B,)           advantage; pi_theta / pi_old
   L_new, L_old  (B,)           surrogates under theta and theta_old: losses, log pi is -L
-
 Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA. Latents,
 surrogates, ratios and losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16.
 Log-likelihoods are means over latent dimensions, never sums. All randomness comes from
@@ -42,7 +41,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -61,7 +59,7 @@ from rewards import fail, group_advantages, load_prompts
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
-BAR_OFF = None if RANK == 0 else True  # None: bars are off when stderr is not a terminal
+CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -88,7 +86,6 @@ class MethodConfig:
 
 @dataclass
 class Config(MethodConfig):  # these defaults hold unless PRESETS has another for the --model
-    # model
     model: str = flag("tiny", "tiny, sd3, flux, a diffusers folder or hub id; picks the defaults")
     resolution: int = flag(512, "image height and width, px")
     guidance_scale: float = flag(1.0, "SD3: classifier-free guidance, 1 = off; FLUX: embedded")
@@ -98,18 +95,15 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     lora_alpha: int = flag(64, "LoRA alpha; LoRA's output is scaled by alpha / rank")
     grad_checkpointing: bool = flag(False, "recompute activations backward: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformer's blocks; sd3, flux: on with CUDA")
-    # data and rewards
     prompts: str = flag("prompts/general.txt", "training prompts: .txt, one a line, or .jsonl")
     eval_prompts: str = flag("prompts/general.txt", "evaluation prompts, likewise")
     reward: str = flag("hpsv3=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
-    # sampling
     prompts_per_iter: int = flag(48, "P, prompts an iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
     sample_batch: int = flag(16, "images a call of network or rewards; branches: G at least")
     steps: int = flag(40, "T, solver steps of a training image")
     eval_steps: int = flag(40, "solver steps of an evaluation image")
     shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
-    # update
     micro_batch: int = flag(4, "images, or starts of branches, a backward pass: sets memory only")
     adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
     update_epochs: int = flag(1, "passes over the images of an iteration")
@@ -120,7 +114,6 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model")
     ema_decay: float = flag(0.0, "of the averaged weights, evaluated and saved; 0 = no average")
-    # run
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
     eval_every: int = flag(10, "iterations between evaluations")
@@ -135,7 +128,7 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
 
 PRESETS = {
     "tiny": dict(
-        prompts="prompts/shapes_train.jsonl", eval_prompts="prompts/shapes_test.jsonl",
+        prompts="prompts/shapes_all.jsonl", eval_prompts="prompts/shapes_test.jsonl",
         reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=16,
         group_size=12, sample_batch=96, micro_batch=24, steps=10, eval_steps=10, eval_samples=4,
         iterations=50, lr=2e-4, ref_kl_beta=0.1),
@@ -151,10 +144,9 @@ PRESETS = {
 
 # ----------------------------------------------------------------------- sigma grid and generators
 def sigma_grid(num_steps, shift):
-    """Shifted flow times of a rollout, from noise to data.   [SD3, arXiv 2403.03206, Eq. 23]
+    """Shifted flow times (T + 1,) fp32, falling from 1 to 0.   [SD3, arXiv 2403.03206, Eq. 23]
         s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
-    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise.
-    Returns (T + 1,) fp32: first 1, last 0, strictly decreasing."""
+    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise."""
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * s / (1 + (shift - 1) * s)).float()
 
@@ -169,8 +161,7 @@ def generator_for(*draw):
 def sample(model, prompts, sigmas, args, iteration):
     """G final latents of each prompt, and the pairs that will score them.   [Alg. 1]
     prompts: slot -> prompt line, for this process's slots (places among the iteration's P)
-    Returns n prompt lines, one an image, x_0 (n, ...), t (n, N) and noise (n, N, ...), the last two
-    in host memory: they are N times the latents."""
+    Returns n prompt lines, one an image; x_0 (n, ...); on the CPU t (n, N), noise (n, N, ...)"""
     group = range(args.group_size)
     lines = [line for line in prompts.values() for _ in group]
     draws = [(args.seed, iteration, "noise", slot, i) for slot in prompts for i in group]
@@ -200,8 +191,7 @@ def ode_sample(velocity_fn, x, sigmas, solver="dpm2"):
     infinite at t = 1 and t = 0, so the first two steps and the last are Euler's.
     x: (B, ...) noise;  sigmas: (T + 1,) falling from 1 to 0;  solver: dpm2, euler.  Returns x_0."""
     assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
-    lam = torch.log1p(-sigmas) - torch.log(sigmas)
-    x0_prev = None
+    lam, x0_prev = torch.log1p(-sigmas) - torch.log(sigmas), None
     for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         x0_hat = x0_mid = x - t * velocity_fn(x, t)
         if solver == "dpm2" and 2 <= i < len(sigmas) - 2:
@@ -249,8 +239,8 @@ def update(model, optimizer, lines, x_0, t, noise, adv, args):
     """Gradient steps on the stored pairs: update_epochs passes over the minibatches.   [Alg. 1]
     kl      D = mean_jd (x0_hat - x0_old)^2, to the behaviour policy   [Eq. 16]
     ref_kl  mean_jd (v - v_ref)^2, to the initial model   [ours, as in DiffusionNFT and AWM]
-    theta_old is scored in the update's own micro-batches: bf16 kernels depend on the batch, and so
-    the first ratio is exactly 1. lines: n;  x_0: (n, ...);  t, noise: see `sample`;  adv: (n,)
+    theta_old is scored in the update's own micro-batches, since bf16 kernels depend on the batch:
+    the first ratio is exactly 1.  lines, x_0, t, noise: of n images, see `sample`;  adv: (n,)
     Returns gradient norms, and the metrics of all images of all processes in all passes."""
     minibatch = len(lines) // args.num_minibatches
     controls = {name: getattr(args, name) for name in ("clip_range", "kl_beta", "ref_kl_beta")}
@@ -258,7 +248,7 @@ def update(model, optimizer, lines, x_0, t, noise, adv, args):
 
     def scored(rows, initial=False):
         velocity_fn = model.velocity_fn(lines[rows], initial)
-        inputs = (part[rows].to(x_0.device) for part in (x_0, t, noise))
+        inputs = (part[rows].to(x_0) for part in (x_0, t, noise))
         return surrogate(velocity_fn, *inputs, args.weighting)
 
     if args.update_epochs * args.num_minibatches > 1:
@@ -280,7 +270,7 @@ def update(model, optimizer, lines, x_0, t, noise, adv, args):
         terms.append(torch.stack([L, L_old, adv[rows], kl, ref_kl], dim=1).detach())
         if rows.stop % minibatch == 0:
             norms.append(optimizer_step(optimizer, args))
-    L, L_old, A, kl, ref_kl = gather(torch.cat(terms)).T.contiguous()
+    L, L_old, A, kl, ref_kl = gather(torch.cat(terms)).T
     return norms, vgrpo_loss(L, L_old, A, kl=kl, ref_kl=ref_kl, **controls)[1]
 
 
@@ -291,13 +281,9 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
         x, v, eps: l = mean_d (s (v - (noise - x_0)))^2, s = t, 1, 1 - t: MSE of that prediction
     The normaliser is a weight, not an objective: it brings every pair to one scale, so that no
     level of noise drowns the others. Without stopgrad the step would leave the pretraining loss's.
-    x_0: (B, ...);  t: (B, N) in (0, 1];  noise: (B, N, ...).  One call of the network for all.
-    Returns L (B,) and x0_hat (B, N, ...).
+    x_0: (B, ...);  t: (B, N) in (0, 1];  noise: (B, N, ...).  Returns L (B,), x0_hat (B, N, ...).
     Deviation: means where the paper prints a norm (as the released code); denominator >= 1e-5."""
-    pairs = (len(x_0), t.shape[1])
-    assert t.shape == pairs and noise.shape == (*pairs, *x_0.shape[1:]), (
-        "t (B, N), noise (B, N, ...)"
-    )
+    assert len(t) == len(x_0) and noise.shape == (*t.shape, *x_0.shape[1:]), "(B, N), (B, N, ...)"
     x_0, s = x_0[:, None], t.reshape(*t.shape, *[1] * (noise.ndim - 2))
     z_t = (1 - s) * x_0 + s * noise
     v = velocity_fn(rearrange(z_t, "b n ... -> (n b) ..."), rearrange(t, "b n -> (n b)"))
@@ -320,9 +306,8 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=0, kl=0, kl_beta=0, ref_kl=0, ref_k
         loss = -J + beta mean(kl) + beta_ref mean(ref_kl)
     In the first gradient step ratio is 1 in value, but its gradient is -dL: dloss/dL = A / B, the
     advantage-weighted pretraining gradient. Clip and kl act from the second step on.
-    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps; 0 = no clip
-    kl, ref_kl: (B,), see `update`
-    Returns loss () and detached metrics.  Deviation: ref_kl is ours, off at beta_ref = 0."""
+    L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps; 0 = no clip;  kl and
+    ref_kl: (B,), see `update`, the second is ours.  Returns loss () and detached metrics."""
     assert L_new.shape == L_old.shape == adv.shape, "an advantage for each surrogate"
     ratio = torch.exp(L_old - L_new)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
@@ -355,7 +340,7 @@ def main(argv):
     sigmas = sigma_grid(args.steps, args.shift)
     if not done:
         record({"iteration": 0} | evaluate(model, eval_lines, reward_fns, run_dir, args, 0))
-    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=BAR_OFF)
+    bar = tqdm(range(done + 1, args.iterations + 1), "iterations", disable=RANK > 0 or None)
     for iteration in bar:
         prompts = draw_prompts(train_lines, iteration, args)
         model.encode([line["prompt"] for line in prompts.values()])  # one visit of the encoders
@@ -370,7 +355,7 @@ def main(argv):
             adv, metrics = advantages(scores, reward_weights, args)
             norms, losses = update(model, optimizer, lines, x_0, t, noise, adv, args)
         # <<< METHOD
-        logged |= {name: value.item() for name, value in (metrics | losses).items()}
+        logged |= {name: float(value) for name, value in (metrics | losses).items()}
         taken = [norm for norm in norms if math.isfinite(norm)]
         if not taken:
             fail(f"no gradient of iteration {iteration} was finite; --resume with a lower --lr.")
@@ -395,20 +380,14 @@ def main(argv):
     if RANK == 0:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         before, after = json.loads(lines[0]), json.loads(lines[-1])
-        for name in sorted(before.keys() - {"iteration"}):
-            print(f"{name}: {before[name]:.3f} -> {after.get(name, math.nan):.3f}")
+        for name in before.keys() & after.keys() - {"iteration"}:
+            print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------ command line
-SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
-TINY = str(Path(__file__).resolve().with_name("tiny_sd3"))
-MODEL_IDS = {"tiny": TINY, "sd3": SD3, "flux": FLUX}
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
-
-
 def parse_args(argv):
     """Reads the flags: --model, or the run to --resume, picks the defaults.  Raises UserError."""
     from transformers import HfArgumentParser
@@ -427,12 +406,13 @@ def parse_args(argv):
     defaults = read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(kind)
     parser.set_defaults(**vars(Config()) | (defaults or fail("--model is neither SD3 nor FLUX.")))
     args = Config(**vars(parser.parse_args(argv)))
+    may_be_zero = ("iterations", "weight_decay", "soft_clip")  # and what is 0 by default
     for name, value in vars(args).items():
-        zero = getattr(Config, name) == 0 or name in ("iterations", "weight_decay", "soft_clip")
-        least = 0 if zero else 2 if name == "group_size" else 1e-30
-        most = 1 - 1e-9 if name == "ema_decay" else 1e30  # finite in fp32
-        if type(value) in (int, float) and not least <= value <= most:
-            fail(f"--{name} is {value}; it must be from {least} to {most}.")
+        zero = value == 0 and (name in may_be_zero or getattr(Config, name) == 0)
+        if type(value) in (int, float) and not (zero or 0 < value < 1e30):
+            fail(f"--{name} is {value}; it must be positive, and finite in fp32.")
+    if args.group_size < 2 or args.ema_decay >= 1:
+        fail("--group_size must be at least 2, and --ema_decay less than 1.")
     if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
         fail(f"--prompts_per_iter must be a multiple of {WORLD_SIZE} x --num_minibatches.")
     if not args.resume and args.run_dir and Path(args.run_dir, CHECKPOINT).exists():
@@ -442,13 +422,14 @@ def parse_args(argv):
 
 
 # ------------------------------------------------------------------------------------------- model
+SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
+MODEL_IDS = {"tiny": str(Path(__file__).with_name("tiny_sd3")), "sd3": SD3, "flux": FLUX}
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
 
 
-class Model:
-    """A diffusers SD3 or FLUX pipeline as the method needs it."""
-
+class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
     def __init__(self, pipe, args, device):
         unit = 2 * pipe.vae_scale_factor  # the transformer's patches are 2 x 2 latents
         most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
@@ -464,10 +445,9 @@ class Model:
         self.vae = pipe.vae.requires_grad_(False).to(device)
         self.vae.enable_slicing()  # decodes one image after the other
         self.transformer = net = pipe.transformer.requires_grad_(False).to(device)
-        self.initial = None
-        if args.ref_kl_beta:  # the pipeline's own weights; LoRA shares them and the buffers
-            shared = [] if args.full else [*net.parameters(), *net.buffers()]
-            self.initial = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
+        shared = [] if args.full else [*net.parameters(), *net.buffers()]
+        memo = {id(tensor): tensor for tensor in shared}  # LoRA's initial model has no copy of them
+        self.initial = copy.deepcopy(net, memo) if args.ref_kl_beta else None
         net.requires_grad_(args.full)
         for part in filter(None, (net, self.initial)):
             blocks = [*part.transformer_blocks, *getattr(part, "single_transformer_blocks", ())]
@@ -488,15 +468,15 @@ class Model:
             net.add_adapter(lora)
             cast_training_params(net)
         self.trainable = {name: w for name, w in net.named_parameters() if w.requires_grad}
-        averaged = self.trainable.items() if args.ema_decay else ()
-        self.average = {name: weight.detach().clone() for name, weight in averaged}
+        averaged = self.trainable if args.ema_decay else {}
+        self.average = {name: w.detach().clone() for name, w in averaged.items()}
         if args.grad_checkpointing:
             net.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Conditioning of B prompts: context (B, g, S, D), pooled (B, g, E); g = 2 under guidance:
-        also the empty one's. New ones are encoded in one visit of the text encoders, and kept."""
+        """Conditioning of B prompts: context (B g, S, D) and pooled (B g, E); guidance: g = 2,
+        each followed by "". New ones are encoded in one visit of the text encoders, and kept."""
         if not self.cache.keys() >= set(prompts):
             self.cache = self.cache if len(self.cache) < 1000 else {}
             parts = self.pipe.components.items()
@@ -507,22 +487,20 @@ class Model:
                 for prompt in {"", *prompts} - self.cache.keys():
                     found = self.pipe.encode_prompt(prompt, None, **sizes, **sd3)
                     self.cache[prompt] = found[0].cpu(), found[-2].cpu()  # context and pooled
-        g = len(self.guidance)
-        texts = [text for prompt in prompts for text in (prompt, "")[:g]]
+        texts = [text for prompt in prompts for text in (prompt, "")[: len(self.guidance)]]
         parts = zip(*[self.cache[text] for text in texts])
-        return [torch.cat(part).unflatten(0, (-1, g)).to(self.device) for part in parts]
+        return [torch.cat(part).to(self.device) for part in parts]
 
     def velocity(self, x_t, t, cond, initial=False):
         """v(x_t, t) of the model, or the initial one. Autocasts where encoders are bf16: on CUDA.
         x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
         net, g = self.initial if initial else self.transformer, len(self.guidance)
-        copies = len(x_t) // len(cond[0])
-        context, pooled = (repeat(part, "b g ... -> (n b g) ...", n=copies) for part in cond)
         x = repeat(x_t, "b ... -> (b g) ...", g=g)
         t = t.to(x.device).expand(len(x_t)).repeat_interleave(g)
+        copies = len(x) // len(cond[0])
+        context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         self.evaluations += len(x)
-        half = context.dtype == torch.bfloat16  # as load_model decides: on CUDA
-        # without a cache, which would keep a bf16 copy of every weight that FSDP2 gathers
+        half = context.dtype == torch.bfloat16  # on CUDA; a cache would hold what FSDP2 gathers
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
                 v = self.flux_velocity(net, x, t, context, pooled)
@@ -533,13 +511,13 @@ class Model:
 
     def flux_velocity(self, net, x, t, context, pooled):
         """FLUX sees 2 x 2 latents as one token at (0, row, column); it multiplies t by 1000."""
-        h, w = x.shape[2] // 2, x.shape[3] // 2
-        img_ids = self.pipe._prepare_latent_image_ids(None, h, w, x.device, x.dtype)
+        h, w = x.shape[2:]
+        img_ids = self.pipe._prepare_latent_image_ids(None, h // 2, w // 2, x.device, x.dtype)
         txt_ids = x.new_zeros(context.shape[1], 3)
         guidance = torch.full_like(t, self.scale) if net.config.guidance_embeds else None
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        tokens = self.pipe._pack_latents(x, *x.shape)
         v = net(tokens, context, pooled, t, img_ids, txt_ids, guidance).sample
-        return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
+        return self.pipe._unpack_latents(v, h, w, vae_scale_factor=1)
 
     def velocity_fn(self, lines, initial=False):
         """velocity_fn(x, t) -> v for the B prompts of these lines; x: (n B, C, H, W), any n."""
@@ -556,8 +534,7 @@ class Model:
         z = x_0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
-    def swap_average(self):
-        """Exchanges the trained weights and their average, if one is kept."""
+    def swap_average(self):  # exchanges the trained weights and their average, if one is kept
         for name, average in self.average.items():
             weight = self.trainable[name].data
             kept = weight.clone()
@@ -570,11 +547,10 @@ class Model:
         weights = whole(net.state_dict() if self.args.full else self.trainable)
         if RANK > 0:
             return ""
-        if self.args.full:
+        if self.args.full:  # fully_shard has put FSDP before the name of the class
             folder = folder / "transformer"
             folder.mkdir(parents=True, exist_ok=True)
-            config = net.to_json_string().replace('"FSDP', '"')  # fully_shard renames the class
-            (folder / "config.json").write_text(config)
+            (folder / "config.json").write_text(net.to_json_string().replace('"FSDP', '"'))
             file = folder / "diffusion_pytorch_model.safetensors"
             safetensors.torch.save_file(weights, file, {"format": "pt"})
             load = f'from_pretrained("{folder.as_posix()}", torch_dtype=pipe.dtype)'
@@ -614,13 +590,13 @@ def batches(total, label, size, block=None, passes=1):
     """Slices of at most `size` that cover range(total), none across a multiple of block; a bar."""
     firsts = [n for n in range(total) if n % (block or total) % size == 0]
     slices = [slice(*ends) for ends in itertools.pairwise([*firsts, total])]
-    return tqdm(slices * passes, label, leave=False, disable=BAR_OFF)
+    return tqdm(slices * passes, label, leave=False, disable=RANK > 0 or None)
 
 
 def draw_prompts(lines, iteration, args):
     """slot -> prompt line, for this process's slots: pass after pass over the shuffled file."""
     P, drawn = args.prompts_per_iter, {}
-    for slot in torch.arange(P).chunk(WORLD_SIZE)[RANK].tolist():
+    for slot in range(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE):
         done, place = divmod((iteration - 1) * P + slot, len(lines))
         order = torch.randperm(len(lines), generator=generator_for(args.seed, done, "prompts"))
         drawn[slot] = lines[order[place]]
@@ -640,8 +616,7 @@ def score(model, x_0, lines, reward_fns, args):
 
 
 def evaluate(model, lines, reward_fns, run_dir, args, iteration):
-    """Mean rewards, from the same noise at every evaluation and seed; samples/iter_XXXX.png.
-    Processes make equal shares: where that does not divide, some images twice, counted once."""
+    """Mean rewards, always from the same noise; a grid. What only fills up shares is left out."""
     total = len(lines) * args.eval_samples
     share = math.ceil(total / WORLD_SIZE)
     here = [n % total for n in range(share * RANK, share * (RANK + 1))]
@@ -653,16 +628,13 @@ def evaluate(model, lines, reward_fns, run_dir, args, iteration):
         captions = [line["prompt"] for line in prompts[:12]]
         grid = rewards.image_grid(model.decode(x_0[:12]), captions)
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    return {f"eval/{name}": scores[name][:total].mean().item() for name in scores}
+    return {f"eval/{name}": float(scores[name][:total].mean()) for name in scores}
 
 
 # ------------------------------------------------------------------------------- checkpoint and log
-CHECKPOINT = "checkpoint/state.safetensors"  # weights, optimizer and, as its metadata, JSON
-
-
 def save_checkpoint(run_dir, iteration, model, optimizer, args):
     """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
-    tensors = model.trainable | {f"average.{name}": model.average[name] for name in model.average}
+    tensors = model.trainable | {f"average.{name}": w for name, w in model.average.items()}
     for name, weight in model.trainable.items():
         moments = optimizer.state[weight]
         tensors |= {f"state.{name}.{key}": moments[key] for key in moments}
@@ -689,18 +661,17 @@ def read_checkpoint(run_dir):
 
 
 def load_checkpoint(model, optimizer, args):
-    """Restores the run to --resume and returns its iteration, or 0. For --start_from the weights
-    only: their average, if the run kept one.  Raises UserError."""
+    """Restores --resume and returns its iteration; of --start_from, the averaged weights only."""
     run_dir = args.resume or args.start_from
     if not run_dir:
         return 0
     state = read_checkpoint(run_dir)
     saved = safetensors.torch.load_file(Path(run_dir, CHECKPOINT))
-    shapes = {name: saved[name].shape for name in saved.keys() & model.trainable.keys()}
-    same = args.full or args.lora_alpha == state["config"]["lora_alpha"]
-    if not same or shapes != {name: w.shape for name, w in model.trainable.items()}:
+    weights = model.trainable.items()
+    fits = all(name in saved and saved[name].shape == weight.shape for name, weight in weights)
+    if not fits or not (args.full or args.lora_alpha == state["config"]["lora_alpha"]):
         fail(f"{run_dir} holds other weights: its --model, --full or --lora_* are others.")
-    for name, weight in model.trainable.items():
+    for name, weight in weights:
         average = saved.get(f"average.{name}", saved[name])
         weight.data.copy_(part_of(saved[name] if args.resume else average, weight))
         if model.average:
@@ -720,7 +691,8 @@ def open_run(args, done):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
     path = run_dir / "metrics.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[: done + 1]) if done else b"")
+    lines = path.read_bytes().splitlines(keepends=True) if done else []
+    path.write_bytes(b"".join(lines[: done + 1]))
     if args.tracker == "wandb":
         import wandb
 
@@ -733,8 +705,8 @@ def open_run(args, done):
     def record(metrics):
         with path.open("a", newline="\n") as log:
             print(json.dumps(metrics), file=log)
-        for name in metrics if args.tracker != "none" else ():
-            writer.add_scalar(name, metrics[name], metrics["iteration"])
+        for name, value in metrics.items() if args.tracker != "none" else ():
+            writer.add_scalar(name, value, metrics["iteration"])
 
     per_prompt = args.images_per_prompt()
     print(f"{args.iterations} iterations of {args.prompts_per_iter} x {per_prompt} images")
@@ -768,7 +740,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")  # TF32, for rewards
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashes on FLUX
     if WORLD_SIZE > 1 and not dist.is_initialized():  # 4 hours: slow rewards, large checkpoints
-        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=4))
+        dist.init_process_group("nccl" if CUDA else "gloo", timeout=8 * dist.default_pg_timeout)
     return device
 
 
@@ -799,14 +771,13 @@ def gather(here):
 
 
 def optimizer_step(optimizer, args):
-    """One step on gradients averaged over processes and clipped, which are then set to zero.
-    Returns their norm before clipping; no step is taken if it is not finite."""
+    """One step on averaged, clipped gradients, if their norm is finite; zeroes them, returns it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights if WORLD_SIZE > 1 and not args.full else ():  # FSDP2 averages its own
         dist.all_reduce(weight.grad)
         weight.grad /= WORLD_SIZE
     norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-    norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
