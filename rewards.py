@@ -76,9 +76,9 @@ def one_sentence():
     except KeyboardInterrupt:
         print("Stopped: a run goes on from its last checkpoint with --resume.")
     except (UserError, OSError, *MENDS) as error:
-        sentence = str(error).strip().split("\n")[0]
-        mends = [MENDS[kind] for kind in MENDS if isinstance(error, kind)]
-        print(" ".join(["error:", sentence, *mends]), file=sys.stderr)
+        sentence = re.split(r"(?<!:)\n", str(error).strip())[0].replace("\n", " ")
+        mends = [f". {MENDS[kind]}" for kind in MENDS if isinstance(error, kind)]
+        print("error: " + "".join([sentence.rstrip("."), *(mends or ".")]), file=sys.stderr)
         sys.exit(2)
 
 

@@ -380,7 +380,7 @@ def main(argv):
     if RANK == 0:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         before, after = json.loads(lines[0]), json.loads(lines[-1])
-        for name in before.keys() & after.keys() - {"iteration"}:
+        for name in sorted(before.keys() & after.keys() - {"iteration"}):
             print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
     if WORLD_SIZE > 1:
@@ -596,7 +596,7 @@ def batches(total, label, size, block=None, passes=1):
 def draw_prompts(lines, iteration, args):
     """slot -> prompt line, for this process's slots: pass after pass over the shuffled file."""
     P, drawn = args.prompts_per_iter, {}
-    for slot in range(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE):
+    for slot in range(RANK, P, WORLD_SIZE):  # so that its minibatches are parts of the same ones
         done, place = divmod((iteration - 1) * P + slot, len(lines))
         order = torch.randperm(len(lines), generator=generator_for(args.seed, done, "prompts"))
         drawn[slot] = lines[order[place]]

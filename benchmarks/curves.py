@@ -59,7 +59,7 @@ import vgrpo
 
 PRESET, GRID, SEEDS = "2e-4", ("1e-4", "2e-4", "4e-4"), (0, 1, 2)
 FLOW_GRPO = (  # every step but the last is stochastic and trained, as in its paper
-    "pave_grpo.py --rollout sde --splits --sde flow --eta 0.7 --sde_steps 0 1 2 3 4 5 6 7 8 "
+    "pave_grpo.py --rollout sde --splits --transition flow --eta 0.7 --sde_steps 0 1 2 3 4 5 6 7 8 "
     "--prompts_per_iter 16 --iterations 50"
 )
 METHODS = {  # name, command, colour

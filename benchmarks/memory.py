@@ -7,12 +7,13 @@
 The shipped functions run on fake tensors: bf16 weights, fp32 LoRA, autocast to bf16, as on CUDA.
 A dispatch mode counts the bytes of all live storages after every operation. The largest count is
 the peak. Attention takes PyTorch's flash kernel for CPUs, which keeps what CUDA's keeps: the
-inputs, the output and one number a row. Not simulated: kernels' workspaces, the CUDA context and
-fragmentation. The table adds OVERHEAD for them.
+inputs, the output and one number a row. Blocks are not compiled. Not simulated: kernels'
+workspaces, the CUDA context, fragmentation and what rewards compute. The table adds OVERHEAD.
 """
 
 import argparse
 import json
+import unittest.mock
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,7 @@ import vgrpo
 GIB = 2**30
 CPU, META = torch.device("cpu"), torch.device("meta")
 SIZES = {"sd3": (512, 1024), "flux": (512, 720)}
-MICRO_BATCHES = (1, 2, 4, 8)
-SAMPLE_BATCH = 16
+MICRO_BATCHES = (1, 2, 4, 8)  # V-GRPO: images, with 4 pairs each; Pave-GRPO: starts
 CARDS = (24, 48, 80, 141)  # GB
 OVERHEAD = 1.5  # GiB: an assumption for the CUDA context, workspaces and fragmentation
 KEPT = Path(__file__).parent / "results/memory.jsonl"
@@ -102,10 +102,13 @@ def peak_gib(function) -> float:
     return tracker.peak / GIB
 
 
-def sampling(model, batch: int):
-    """One network evaluation of a batch without autograd: the peak of a rollout."""
-    x = torch.zeros(batch, *model.latent_shape)
-    lines = [{"prompt": real.PROMPT}] * batch
+def sampling(script, model, args):
+    """One network evaluation of a rollout's batch, or an evaluation's: no graph is kept."""
+    starts, branches = args.sample_batch, 1
+    if script is pave_grpo and args.group_size > args.sample_batch:  # one group at a time
+        starts, branches = 1, args.group_size
+    x = torch.zeros(starts * branches, *model.latent_shape)
+    lines = [{"prompt": real.PROMPT}] * starts
 
     @torch.no_grad()
     def run():
@@ -114,60 +117,108 @@ def sampling(model, batch: int):
     return run
 
 
-def decoding(model):
-    return lambda: model.decode(torch.zeros(1, *model.latent_shape))
+def decoding(script, model, args):
+    """`score` of two batches: the first one's images are there while the second is decoded."""
+    lines = [{"prompt": real.PROMPT}] * 2 * args.sample_batch
+    x_0 = torch.zeros(len(lines), *model.latent_shape)
+    return lambda: script.score(model, x_0, lines, {}, args)
 
 
-def updating(script, model, args, batch: int):
-    """What one micro-batch of the update does between two optimizer steps."""
-    lines = [{"prompt": real.PROMPT}] * batch
-    velocity_fn = model.velocity_fn(lines)
-    initial_fn = model.velocity_fn(lines, initial=True)
-    shape = model.latent_shape
+class Grid:
+    """Of falling sigmas: a fake tensor has a value, which `update` asserts, while it is new."""
+
+    def __init__(self, steps: int):
+        self.values = [1 - i / steps for i in range(steps + 1)]
+
+    def __getitem__(self, i):
+        found = self.values[i]
+        return [*map(torch.tensor, found)] if isinstance(i, slice) else torch.tensor(found)
+
+    def to(self, _):
+        return self
+
+
+def updating(script, model, args):
+    """`update` of one micro-batch, Pave-GRPO's of one trained step, without the optimizer's step.
+    Nor is theta_old scored before: what it leaves goes to the host."""
+    n, shape, lines = args.micro_batch, model.latent_shape, [{"prompt": real.PROMPT}]
+    args = replace(args, num_minibatches=1, update_epochs=1)
+
+    def run():
+        if script is vgrpo:  # the pairs of a micro-batch are moved to the device
+            noise = torch.zeros(n, args.num_pairs, *shape)
+            stored = x_0, torch.full(noise.shape[:2], 0.5), noise, torch.zeros(n)
+        else:
+            stored = x_t, x_s, torch.zeros(n, 1, x_s.shape[2])
+        stand_ins = {"optimizer_step": lambda *_: 0.0}
+        stand_ins["sigma_grid"] = lambda steps, shift: Grid(steps)
+        with unittest.mock.patch.multiple(script, **stand_ins):
+            script.update(model, None, lines * n, *stored, args)
+
     if script is vgrpo:
-        times, noise = torch.full((batch, 1), 0.5), torch.zeros(batch, 1, *shape)
-        held = vgrpo.Batch(lines, torch.zeros(batch, *shape), times, noise, torch.zeros(batch))
-        return lambda: vgrpo.backward_pairs(velocity_fn, initial_fn, held, args, 1.0)
-    samples = args.group_size  # of a branch
-    x_t, x_s = torch.zeros(batch, 1, *shape), torch.zeros(batch, 1, samples, *shape)
-    held = pave_grpo.Batch(lines, None, x_t, x_s, torch.zeros(batch, 1, samples))
-    return lambda: pave_grpo.backward_transition(velocity_fn, initial_fn, held, 0, args, 1.0)
+        x_0 = torch.zeros(n, *shape)
+    else:
+        samples = args.group_size if args.rollout == "branch" else 1
+        x_t = torch.zeros(n, len(args.sde_steps), *shape)
+        x_s = torch.zeros(n, len(args.sde_steps), samples, *shape)
+    return run
 
 
-def simulate(script, kind: str, resolution: int, batch: int, checkpointing: bool, small=False):
-    """GiB of weights, of LoRA with AdamW and gradients, and of each stage's peak above them."""
-    flags = script.PRESETS[kind] | {"model": kind, "resolution": resolution}
-    args = replace(script.Config(**flags), grad_checkpointing=checkpointing)
-    model = real.build_model(script, args, META, small)
+def stored_gib(script, model, args) -> float:
+    """What an iteration keeps on the device from sampling on: V-GRPO's pairs are on the host."""
+    latents = args.prompts_per_iter * args.images_per_prompt()  # x_0
+    if script is pave_grpo:
+        paths = args.prompts_per_iter * (args.group_size if args.rollout == "sde" else 1)
+        samples = args.group_size if args.rollout == "branch" else 1
+        latents += paths * len(args.sde_steps) * (1 + samples)  # x_t and x_s
+    return latents * torch.Size(model.latent_shape).numel() * 4 / GIB
+
+
+def visitors_gib(args) -> tuple[float, float]:
+    """Weights of the rewards, which visit the card together, and of the text encoders."""
+    names = [part.partition("=")[0] for part in args.reward.split(",")]
+    kind = args.model
+    encoders = [real.build_encoder(name, kind, META, False) for name in real.ENCODERS[kind]]
+    return sum(real.REWARDS_GB[name] for name in names) * 1e9 / GIB, sum(map(gib_of, encoders))
+
+
+def simulate(script, kind: str, resolution: int):
+    """Yields a line for each micro-batch, with checkpointing and without: GiB that are always
+    there, and what each stage has above it; peak is the largest stage with all of it."""
+    flags = script.PRESETS[kind] | {"model": kind, "resolution": resolution, "compile": False}
+    args = script.Config(**flags)
+    model = real.build_model(script, args, META, False)
+    rewards, encoders = visitors_gib(args)
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
-        lora = sum(weight.numel() for weight in model.trainable.values())
+        trained = sum(weight.numel() for weight in model.trainable.values())
         for weight in model.trainable.values():
             weight.grad = torch.zeros_like(weight)
-        found = {
-            "script": script.__name__,
-            "model": kind,
-            "resolution": resolution,
-            "micro_batch": batch,
-            "grad_checkpointing": checkpointing,
+        always = {
             "weights": gib_of(model.transformer) + gib_of(model.vae),
-            "lora": lora * 12 / GIB,  # gradient and AdamW's two moments; its weights are counted
-            "sample": peak_gib(sampling(model, SAMPLE_BATCH)),
-            "decode": peak_gib(decoding(model)),
-            "update": peak_gib(updating(script, model, args, batch)),
+            # gradient, AdamW's two moments, the average; LoRA's weights are among the weights
+            "lora": trained * (16 if args.ema_decay else 12) / GIB,
+            "kept": stored_gib(script, model, args),
         }
-    found["peak"] = found["weights"] + found["lora"]
-    found["peak"] += max(found["sample"], found["decode"], found["update"])
-    return found
-
-
-def all_cases():
-    for kind, resolutions in SIZES.items():
-        for resolution in resolutions:
-            for script in (vgrpo, pave_grpo):
-                for batch in MICRO_BATCHES:
-                    for checkpointing in (False, True):
-                        yield script, kind, resolution, batch, checkpointing
+        stages = {
+            "encode": encoders,
+            "sample": peak_gib(sampling(script, model, args)),
+            "score": rewards + peak_gib(decoding(script, model, args)),
+        }
+        for checkpointing in (True, False):
+            net = model.transformer
+            getattr(net, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
+            for batch in MICRO_BATCHES:
+                found = peak_gib(updating(script, model, replace(args, micro_batch=batch)))
+                line = {"script": script.__name__, "model": kind, "resolution": resolution}
+                line |= {"micro_batch": batch, "grad_checkpointing": checkpointing}
+                line |= always | stages | {"rewards": rewards, "update": found}
+                # while an iteration samples, what the one before has kept is there as well
+                sample = stages["sample"] + always["kept"]
+                peak = sum(always.values()) + max(found, sample, *stages.values())
+                yield line | {"peak": peak}
+                if not checkpointing and not fits({"peak": peak}, CARDS[-1]):
+                    break  # larger ones fit no card either
 
 
 # ------------------------------------------------------------------------------------ against a run
@@ -175,7 +226,7 @@ def check_arguments():
     """An SD3 network of the real depth and a quarter of its width, at 256 px: over a GiB to keep."""
     changes = dict(num_attention_heads=6, caption_projection_dim=384)
     real.REAL["sd3"] |= changes
-    flags = vgrpo.PRESETS["sd3"] | {"model": "sd3", "resolution": 256}
+    flags = vgrpo.PRESETS["sd3"] | {"model": "sd3", "resolution": 256, "micro_batch": 1}
     return replace(vgrpo.Config(**flags), grad_checkpointing=False)
 
 
@@ -198,12 +249,12 @@ def check() -> None:
     model = real.build_model(vgrpo, args, META, False, torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
-        simulated = peak_gib(updating(vgrpo, model, args, 4))
+        simulated = peak_gib(updating(vgrpo, model, args))
     model = real.build_model(vgrpo, args, CPU, False, torch.float32)
     for weight in model.trainable.values():
         weight.grad = torch.zeros_like(weight)
-    counted = peak_gib(updating(vgrpo, model, args, 4))
-    allocated = allocated_gib(updating(vgrpo, model, args, 4))
+    counted = peak_gib(updating(vgrpo, model, args))
+    allocated = allocated_gib(updating(vgrpo, model, args))
     print(f"simulated {simulated:.3f} GiB, counted on real tensors {counted:.3f}, ", end="")
     print(f"the allocator's {allocated:.3f}: {simulated / allocated - 1:+.1%}")
 
@@ -214,31 +265,31 @@ def fits(line: dict, card: int) -> bool:
 
 
 def best_flags(lines: list[dict], card: int) -> str:
-    """The largest micro-batch that fits, without checkpointing where one does."""
-    for checkpointing in (False, True):
-        fitting = []
+    """The largest micro-batches that fit, with checkpointing / without."""
+    largest = []
+    for checkpointing in (True, False):
+        fitting = [0]
         for line in lines:
             if line["grad_checkpointing"] == checkpointing and fits(line, card):
                 fitting.append(line["micro_batch"])
-        if fitting:
-            return f"{max(fitting)}" + ", checkpointing" * checkpointing
-    return "no"
+        largest.append(str(max(fitting) or "no"))
+    return "no" if largest == ["no", "no"] else " / ".join(largest)
 
 
 def table(lines: list[dict]) -> None:
-    cards = " | ".join(f"{card} GB" for card in CARDS)
-    print(f"| simulated | weights | sample 16 | decode 1 | update 1 | checkpointed | {cards} |")
-    print("|---" * (6 + len(CARDS)) + "|")
+    """GiB of what is always there, of each stage above it, and what fits a card."""
+    batches = " | ".join(f"update {batch}" for batch in MICRO_BATCHES)
+    head = f"| simulated | weights | LoRA | kept | encode | sample | score | {batches} | "
+    head += " | ".join(f"{card} GB" for card in CARDS) + " |"
+    print(head)
+    print("|---" * (head.count("|") - 1) + "|")
     cases = {(line["model"], line["script"], line["resolution"]): [] for line in lines}
     for line in lines:
         cases[line["model"], line["script"], line["resolution"]].append(line)
     for (kind, script, resolution), found in cases.items():
-        plain, checkpointed = (
-            next(x for x in found if x["micro_batch"] == 1 and x["grad_checkpointing"] == flag)
-            for flag in (False, True)
-        )
-        row = [f"{kind} {script} {resolution}", f"{plain['weights']:.1f}", f"{plain['sample']:.1f}"]
-        row += [f"{plain['decode']:.1f}", f"{plain['update']:.2f}", f"{checkpointed['update']:.2f}"]
+        shared = ("weights", "lora", "kept", "encode", "sample", "score")
+        row = [f"{kind} {script} {resolution}", *(f"{found[0][name]:.1f}" for name in shared)]
+        row += [f"{line['update']:.1f}" for line in found if line["grad_checkpointing"]]
         row += [best_flags(found, card) for card in CARDS]
         print("| " + " | ".join(row) + " |")
 
@@ -253,10 +304,12 @@ def main() -> None:
         check()
     if args.out:
         with args.out.open("w", encoding="utf-8") as file:
-            for case in all_cases():
-                line = json.dumps(simulate(*case))
-                print(line, flush=True)
-                file.write(line + "\n")
+            for kind, resolutions in SIZES.items():
+                for resolution in resolutions:
+                    for script in (vgrpo, pave_grpo):
+                        for line in map(json.dumps, simulate(script, kind, resolution)):
+                            print(line, flush=True)
+                            file.write(line + "\n")
     if args.table:
         lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
         table(lines)

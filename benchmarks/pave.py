@@ -28,7 +28,7 @@ from planned import evaluations_per_iteration
 
 from pave_grpo import parse_args
 
-ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --kl_beta 0"
+ALWAYS = "--iterations 20 --eval_every 10 --eval_samples 2 --eval_steps 20 --group_size 12 --lr 2e-4 --ref_kl_beta 0"
 STEPS = {4: "0 2", 10: "0 2 4 6"}  # T: trained steps
 CONDITIONS = {  # what changes in branches with CPS steps at T = 4: of which splits, which flags
     "guided": (("S", "S2.3"), "--guidance_scale 3 --lr 5e-5"),
@@ -56,7 +56,7 @@ def configurations() -> dict[str, str]:
                             target == "coupled"
                         )
                         found[name] = (
-                            f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --sde {step} "
+                            f"pave_grpo.py {ALWAYS} --steps {T} --sde_steps {steps} --rollout {rollout} --transition {step} "
                             f"--splits {splits} --target {target} --prompts_per_iter {prompts}"
                         )
     for name, (settings, flags) in CONDITIONS.items():

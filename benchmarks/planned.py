@@ -12,7 +12,6 @@ import pave_grpo
 
 class Planned(NamedTuple):
     images: int  # of a prompt in an iteration
-    latents: int  # of an update's micro-batch
     sampling: float  # network evaluations an image, guidance not counted
     updating: float
 
@@ -21,19 +20,17 @@ def planned(args) -> Planned:
     """Planned sizes of a Config of vgrpo.py or pave_grpo.py."""
     steps = args.update_epochs * args.num_minibatches
     if not isinstance(args, pave_grpo.Config):
-        # theta_old once, and the value of L in a first pass of every step
-        off_policy = 1 + args.update_epochs if steps > 1 else 0
-        evaluations = args.update_epochs * (1 + (args.ref_kl_beta > 0)) + off_policy
-        return Planned(args.group_size, args.micro_batch, args.steps, args.num_pairs * evaluations)
-    images, trained = pave_grpo.images_per_prompt(args), len(args.sde_steps)
+        evaluations = args.update_epochs * (1 + (args.ref_kl_beta > 0)) + (steps > 1)  # theta_old
+        return Planned(args.group_size, args.steps, args.num_pairs * evaluations)
+    images, trained = args.images_per_prompt(), len(args.sde_steps)
     transition = 1 + sum(k - 1 for k in args.splits)  # evaluations of one, all k share the first
-    updating = trained * args.update_epochs * (transition + (args.kl_beta > 0))
+    updating = trained * args.update_epochs * (transition + (args.ref_kl_beta > 0))
     updating += trained * transition * (steps > 1)  # theta_old
     if args.rollout == "sde":
-        return Planned(images, args.micro_batch, args.steps, updating)
+        return Planned(images, args.steps, updating)
     path = max(args.sde_steps) + trained  # a prompt's ODE path and its branchings
     ends = sum(args.steps - 1 - i for i in args.sde_steps) * args.group_size
-    return Planned(images, args.micro_batch, (path + ends) / images, updating / images)
+    return Planned(images, (path + ends) / images, updating / images)
 
 
 def evaluations_per_iteration(args) -> float:

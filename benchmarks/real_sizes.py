@@ -29,12 +29,13 @@ CASES = [
 ]
 PROMPT, GIB = "a prompt", 2**30
 DATA_SHEET = 989  # TFLOP/s, dense bf16, of an H100 SXM: the peak that estimates assume a share of
-REWARDS_GB = {
-    "hpsv2": 4,
-    "pickscore": 4,
+REWARDS_GB = {  # of weights, as docs/rewards.md says; one visits the card with the others
+    "hpsv2": 3.9,
+    "pickscore": 3.9,
     "clipscore": 1.7,
     "imagereward": 1.8,
-}  # as the README's table of rewards
+    "hpsv3": 15.5,
+}
 
 # --------------------------------------------------------------------------------------------------
 # -------- models
@@ -177,8 +178,9 @@ def build_model(script, args, device: torch.device, small: bool, dtype=torch.bfl
     )
     model, draw = script.Model(pipe, args, device), vgrpo.generator_for("prompts")
     for prompt in ("", PROMPT):
-        context = torch.randn(context_tokens(args), config["joint_attention_dim"], generator=draw)
-        pooled = torch.randn(config["pooled_projection_dim"], generator=draw)
+        sizes = 1, context_tokens(args), config["joint_attention_dim"]
+        context = torch.randn(sizes, generator=draw)
+        pooled = torch.randn(1, config["pooled_projection_dim"], generator=draw)
         model.cache[prompt] = context.to(dtype), pooled.to(dtype)
     return model
 
@@ -203,7 +205,7 @@ def numbers(module: torch.nn.Module) -> int:
 
 
 def calls(args) -> int:
-    """Transformer calls of one network evaluation: SD3's guidance takes two."""
+    """Latents that the network sees of one evaluation: SD3's guidance takes two."""
     return 2 if args.model == "sd3" and args.guidance_scale > 1 else 1
 
 
@@ -322,7 +324,7 @@ def tflop_per_image(script: str, args, config) -> tuple[float, float, float, flo
         f / 1e12
         for f in flops(args.model, config, args.resolution, context_tokens(args), args.lora_rank)
     )
-    sampling, updating = (calls(args) * n for n in planned(args)[2:])
+    sampling, updating = (calls(args) * n for n in planned(args)[1:])
     graph = transition_calls(script, args)
     if script == "pave_grpo":  # the KL's evaluation and theta_old's have no graph
         evaluations = len(args.sde_steps) * args.update_epochs * graph

@@ -29,7 +29,7 @@ FLAGS = (
     "--max_sequence_length 16 --reward jpeg --eval_every 9 --micro_batch 1 --sample_batch 2 "
     "--guidance_scale 1"
 )
-METHOD_FLAGS = {"vgrpo": "--num_pairs 1", "pave_grpo": "--sde_steps 1 --splits 2 --kl_beta 0"}
+METHOD_FLAGS = {"vgrpo": "--num_pairs 1", "pave_grpo": "--sde_steps 1 --splits 2 --ref_kl_beta 0"}
 T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2}
 
 

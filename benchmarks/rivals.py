@@ -50,7 +50,7 @@ SCRIPTS = {
 # fresh (t, noise) for each sample, advantages within 5
 PAIRS = "--no_group_shared_pairs --no_stratified --soft_clip 0"
 DEFAULTS = {  # before the given flags, which win
-    "mixgrpo": "--rollout sde --sde_steps 0 --splits --sde flow --eta 0.7 --prompts_per_iter 16 --iterations 50",
+    "mixgrpo": "--rollout sde --sde_steps 0 --splits --transition flow --eta 0.7 --prompts_per_iter 16 --iterations 50",
     "nft": PAIRS,
     "awm": PAIRS,
 }
@@ -74,15 +74,15 @@ def window_steps(
     return list(range(start, start + width))
 
 
-def mixgrpo_update(model, batch, adv: Tensor, args, step: Callable) -> dict:
+def mixgrpo_update(model, optimizer, paths: tuple, adv: Tensor, args) -> tuple:
     """Flow-GRPO's gradient steps on the window: a Gaussian ratio for each of its steps.   [MixGRPO;
     pave_grpo, no S]
-    batch: of pave_grpo.sample, paths that are SDE inside the window, args.sde_steps, and Euler's
-    ODE outside
-    adv: (P G,), the same at all steps of a path.  Returns metrics.
+    paths: lines, x_t and x_s of pave_grpo.sample, SDE inside the window, args.sde_steps, and
+    Euler's ODE outside
+    adv: (P G,), the same at all steps of a path.  Returns gradient norms and metrics.
     """
-    batch.adv = adv.view(-1, 1, 1).expand(-1, len(args.sde_steps), 1)
-    return pave_grpo.update(model, batch, args, step)
+    adv = adv.view(-1, 1, 1).expand(-1, len(args.sde_steps), 1)
+    return pave_grpo.update(model, optimizer, *paths, adv, args)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def forward_update(
     sums, evaluated = data[0].new_zeros(2), 0
     for number, minibatch in enumerate(minibatches * args.update_epochs):
         for part, j in [(part, j) for part in minibatch for j in range(N)]:
-            x_0, t, noise, adv = data[0][part], data[1][part, j], data[2][part, j], data[3][part]
+            x_0, adv = data[0][part], data[3][part]
+            t, noise = (pairs[part, j].to(x_0) for pairs in data[1:3])  # from host memory
             z_t, share = (
                 (1 - per_sample(t, x_0)) * x_0 + per_sample(t, x_0) * noise,
                 len(x_0) / total / N,
@@ -275,11 +276,11 @@ def parse(argv: list[str] | None) -> tuple:
 
 
 def train(
-    options, args, model, optimizer, reward_fns, weights, schedule: list[dict], sigmas: Tensor
+    options, args, model, optimizer, reward_fns, weights, train_lines: list[dict], sigmas: Tensor
 ):
     """Yields the metrics of each iteration: sample, reward, advantage, update."""
     P, G, B = args.prompts_per_iter, args.group_size, args.micro_batch
-    m, norms, mix = P * G // args.num_minibatches, [], options.method == "mixgrpo"
+    m, mix = P * G // args.num_minibatches, options.method == "mixgrpo"
     script = SCRIPTS[options.method]
     minibatches = [
         [slice(i, min(i + B, end)) for i in range(end - m, end, B)]
@@ -293,28 +294,30 @@ def train(
     )
     old, fresh = None if mix else copied(model), True
     for iteration in range(1, args.iterations + 1):
-        prompts = dict(enumerate(schedule[(iteration - 1) * P : iteration * P]))
+        prompts = script.draw_prompts(train_lines, iteration, args)
+        model.encode([line["prompt"] for line in prompts.values()])
         clock = [time.perf_counter()]
         if mix:
             args.sde_steps = window_steps(
                 iteration, args.steps, options.window, options.interval, options.stride
             )
-        batch = script.sample(old or model, prompts, sigmas, args, iteration)
+        lines, x_0, *stored = script.sample(old or model, prompts, sigmas, args, iteration)
         clock.append(time.perf_counter())
-        x_0 = batch.x_0.view(-1, *model.latent_shape)
-        rewards = script.score(model, x_0, batch.lines, reward_fns, args, G)
+        rewards = script.score(model, x_0, lines, reward_fns, args)
         clock.append(time.perf_counter())
         adv, metrics = vgrpo.group_advantages(rewards, G, weights, args.adv_std)
-        step = functools.partial(vgrpo.optimizer_step, optimizer, args, norms)
+        norms: list[float] = []
         if mix:
             before = model.evaluations
-            found = mixgrpo_update(model, batch, adv, args, step)
+            norms, found = mixgrpo_update(model, optimizer, (lines, *stored), adv, args)
             found["nfe/update"] = torch.tensor((model.evaluations - before) / (P * G))
         else:
-            data = batch.x_0, batch.t, batch.noise, adv
-            found = forward_update(
-                model, old, fresh, loss_fn, batch.lines, data, minibatches, args, step
-            )
+
+            def step(norms=norms):
+                norms.append(script.optimizer_step(optimizer, args))
+
+            data = x_0, *stored, adv
+            found = forward_update(model, old, fresh, loss_fn, lines, data, minibatches, args, step)
             keep = (
                 ema_keep(iteration, options.ema_rate, options.ema_max)
                 if options.method == "nft"
@@ -323,11 +326,10 @@ def train(
             follow(old.trainable, model.trainable, keep)
             fresh = keep == 0
         clock.append(time.perf_counter())
-        taken = norms[-args.update_epochs * args.num_minibatches :]
-        finite = [norm for norm in taken if math.isfinite(norm)]
+        finite = [norm for norm in norms if math.isfinite(norm)]
         logged = {name: value.item() for name, value in (metrics | found).items()}
         logged |= {"optim/lr": args.lr, "optim/grad_norm": sum(finite) / max(1, len(finite))}
-        logged |= {"optim/skipped_steps": len(taken) - len(finite), "nfe/sample": args.steps}
+        logged |= {"optim/skipped_steps": len(norms) - len(finite), "nfe/sample": args.steps}
         logged |= {
             f"time/{stage}": clock[i + 1] - clock[i]
             for i, stage in enumerate(("sample", "reward", "update"))
@@ -359,20 +361,16 @@ def main(argv: list[str] | None = None) -> None:
     (run_dir / "config.json").write_text(
         json.dumps({"config": vars(args) | vars(options)}, indent=1)
     )
-    sigmas, schedule = (
-        vgrpo.sigma_grid(args.steps, args.shift).to(device),
-        vgrpo.prompt_schedule(train_lines, args),
-    )
-    model.cache_prompts(["", *(line["prompt"] for line in eval_lines + schedule)])
+    sigmas = vgrpo.sigma_grid(args.steps, args.shift)
 
     def evaluate(iteration: int) -> dict[str, float]:
-        return script.evaluate(model, args, eval_lines, reward_fns, run_dir, iteration)
+        return script.evaluate(model, eval_lines, reward_fns, run_dir, args, iteration)
 
     before = scores = evaluate(0)
     with (run_dir / "metrics.jsonl").open("w", buffering=1) as log:
         print(json.dumps({"iteration": 0} | before), file=log)
         for iteration, logged in train(
-            options, args, model, optimizer, reward_fns, weights, schedule, sigmas
+            options, args, model, optimizer, reward_fns, weights, train_lines, sigmas
         ):
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 scores = evaluate(iteration)

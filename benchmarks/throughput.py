@@ -19,11 +19,11 @@ configuration,
 MODEL-SCRIPT-PX-bMICRO_BATCH[-checkpointing][-compile], is one JSON line in
 results/throughput-DEVICE.jsonl; seconds are
 medians after one call to warm up.
-  sample, update  one micro-batch with all steps, and all pairs or trained steps, of the preset;
-  --quick: 4 steps and 2
-  s/image         seconds / images x (network evaluations an image of the preset, by its `sizes`, /
-  those of what was
-                  run): Pave-GRPO is run with groups of one micro-batch, --quick with fewer steps
+  sample          one batch of a rollout with all steps of the preset, at its --sample_batch;
+  --quick: 4 steps and 2 trained
+  update          one micro-batch of one minibatch, or of each of two where the preset has several
+  s/image         seconds / images x (network evaluations an image of the preset, planned.py, /
+  those of what was run): --quick is run with fewer steps
   TFLOP/s         useful FLOPs (real_sizes.flops) / seconds; what checkpointing computes again is
   not useful
   share           of the best bf16 matrix product, measured in the same process
@@ -46,7 +46,6 @@ import diffusers
 import real_sizes as real
 import torch
 import transformers
-from einops import repeat
 from planned import planned
 from real_sizes import (
     CASES,
@@ -62,6 +61,7 @@ from real_sizes import (
 )
 
 CUDA = torch.cuda.is_available()
+LINE = {"prompt": PROMPT}
 VERSIONS = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
 
 
@@ -74,7 +74,8 @@ def count_evaluations(model) -> Counter:
     counts, velocity = Counter(), model.velocity
 
     def counted(x_t, t, cond, initial=False):
-        counts["backward" if torch.is_grad_enabled() else "forward"] += len(x_t)
+        kind = "backward" if torch.is_grad_enabled() else "forward"
+        counts[kind] += len(x_t) * len(model.guidance)
         return velocity(x_t, t, cond, initial)
 
     model.velocity = counted
@@ -128,62 +129,59 @@ def configure(c: dict, quick: bool, small: bool):
     preset = script.Config(
         **script.PRESETS[c["model"]] | c["flags"] | {"model": c["model"], "micro_batch": B}
     )
-    changes = {"num_minibatches": 1} | ({"steps": 4} if quick else {})
-    if script is pave_grpo:
-        changes |= {"group_size": max(2, B)} | ({"sde_steps": [0, 2]} if quick else {})
+    # two minibatches stand for several: theta_old is scored as in the preset
+    changes = {"num_minibatches": min(2, preset.num_minibatches)} | ({"steps": 4} if quick else {})
+    if script is pave_grpo and quick:
+        changes |= {"sde_steps": [0, 2]}
     if small:
         changes |= {"resolution": 64, "max_sequence_length": 8, "lora_rank": 4}
+        changes |= {"sample_batch": 4, "group_size": 4}
     return script, preset, replace(preset, **changes)
 
 
 def methods(script, model, args, draw):
-    """The two phases of an iteration as main runs them, on one micro-batch.
-    Returns (images, function) to sample and to update; the first gives latents, the second takes
-    them."""
-    B, shape, device, norms = args.micro_batch, model.latent_shape, model.device, []
-    lines, sigmas = [{"prompt": PROMPT}] * B, script.sigma_grid(args.steps, args.shift).to(device)
+    """The two phases of an iteration as main runs them: one batch of a rollout, and one
+    micro-batch of each minibatch.
+    Returns (images, function) to sample and to update; the first gives latents."""
+    shape, device = model.latent_shape, model.device
+    n = args.micro_batch * args.num_minibatches  # images, or starts of branches
+    sigmas = script.sigma_grid(args.steps, args.shift)
     optimizer = torch.optim.AdamW(
-        model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay
+        model.trainable.values(), lr=args.lr, weight_decay=args.weight_decay, fused=CUDA
     )
-    step = lambda: script.optimizer_step(optimizer, args, norms)  # noqa: E731
-    noise = lambda n: torch.randn(n, *shape, generator=draw).to(device)  # noqa: E731
+    noise = lambda *sizes: torch.randn(*sizes, *shape, generator=draw).to(device)  # noqa: E731
     if script is vgrpo:
+        B = args.sample_batch
+        x = noise(B)
         pairs = vgrpo.draw_pairs(
-            sigmas, args.num_pairs, B, 1, shape, draw, args.stratified, args.group_shared_pairs
+            sigmas, args.num_pairs, n, 1, shape, draw, args.stratified, args.group_shared_pairs
         )
-        t, eps = (x.to(device) for x in pairs)
-        adv, x = torch.randn(B, generator=draw).to(device), noise(B)
+        stored = noise(n), *pairs, torch.randn(n, generator=draw).to(device)
 
         @torch.no_grad()
         def sample():
-            return vgrpo.ode_sample(model.velocity_fn(lines), x, sigmas, args.solver)
+            return vgrpo.ode_sample(model.velocity_fn([LINE] * B), x, sigmas, args.solver)
 
-        def update_pairs(x_0):
-            batch = vgrpo.Batch(lines, x_0, t, eps, adv)
-            return vgrpo.update(model, batch, replace(args, group_size=B), step)
+        images = B, n
+    else:
+        K, M = len(args.sde_steps), args.group_size
+        B = max(1, args.sample_batch // M)
+        inputs = noise(B), sigmas, args.sde_steps, noise(B, K, M), args.eta, args.transition
+        x_t = noise(n, K)
+        x_s = x_t[:, :, None] + 0.1 * noise(n, K, M)
+        stored = x_t, x_s, torch.randn(n, K, M, generator=draw).to(device)
 
-        return (B, sample), (B, update_pairs)
-    K, M, n = (
-        len(args.sde_steps),
-        args.group_size,
-        planned(args).latents,
-    )  # n: of an update's micro-batch
-    x, steps, adv = (
-        noise(1),
-        noise(K * M).unflatten(0, (1, K, M)),
-        torch.randn(n, K, M, generator=draw).to(device),
-    )
-    inputs = x, sigmas, args.sde_steps, steps, args.eta, args.sde
-    rollout = torch.no_grad()(
-        lambda: pave_grpo.branch_rollout(model.velocity_fn(lines[:1]), *inputs)
-    )
+        @torch.no_grad()
+        def sample():
+            x_0, *_ = pave_grpo.branch_rollout(model.velocity_fn([LINE] * B), *inputs)
+            return x_0.view(-1, *shape)
 
-    def update(paths):
-        x_t, x_s = (repeat(x, "1 ... -> n ...", n=n) for x in paths[1:])
-        batch = pave_grpo.Batch([{"prompt": PROMPT}] * n, paths[0], x_t, x_s, adv)
-        return pave_grpo.update(model, batch, args, step)
+        images = B * K * M, n * K * M
 
-    return (K * M, rollout), (n * K * M, update)
+    def update():
+        return script.update(model, optimizer, [LINE] * n, *stored, args)
+
+    return (images[0], sample), (images[1], update)
 
 
 def measure(model, script, preset, args, repeats: int, record: dict, peak: float) -> None:
@@ -200,7 +198,7 @@ def measure(model, script, preset, args, repeats: int, record: dict, peak: float
     forward, backward = real.flops(kind, config, args.resolution, cond[0].shape[1], args.lora_rank)
     record["gib"] = {"transformer": gib(model.transformer), "vae": gib(model.vae)}
     for batch in sorted(
-        {1, args.micro_batch}
+        {1, args.sample_batch}
     ):  # one evaluation: what the host takes to queue it, and all of it
         x, host = torch.randn(batch, *model.latent_shape, generator=draw).to(model.device), []
 
@@ -233,17 +231,10 @@ def measure(model, script, preset, args, repeats: int, record: dict, peak: float
 
     (images, sample), (update_images, update) = methods(script, model, args, draw)
     result = phase("sample", images, sample, planned(preset).sampling, planned(args).sampling)
-    latents = (result if script is vgrpo else result[0].view(-1, *model.latent_shape))[
-        : args.micro_batch
-    ]
-    phase("decode", len(latents), lambda: [model.decode(latents)].clear(), 1, 1)
-    phase(
-        "update",
-        update_images,
-        lambda: update(result),
-        planned(preset).updating,
-        planned(args).updating,
-    )
+    latents = result[: args.sample_batch]
+    decode = torch.no_grad()(lambda: [model.decode(latents)].clear())
+    phase("decode", len(latents), decode, 1, 1)
+    phase("update", update_images, update, planned(preset).updating, planned(args).updating)
     del record["phase"]
 
 
@@ -289,25 +280,19 @@ def configurations() -> dict[str, dict]:
     """name -> configuration; the presets' own first, then the sweep of micro-batches, checkpointing
     and compile.
     """
-    found = {}
-    sweep = [
-        (B, checkpointing, False) for checkpointing in (False, True) for B in (4, 1, 2, 8, 16, 32)
-    ]
-    for B, checkpointing, compiled in [
-        *sweep,
-        (4, False, True),
-        (16, False, True),
-        (4, True, True),
-    ]:
-        for kind, script, px in CASES:
-            name = (
-                f"{kind}-{script}-{px}-b{B}"
-                + "-checkpointing" * checkpointing
-                + "-compile" * compiled
-            )
-            flags = {"resolution": px, "grad_checkpointing": checkpointing, "compile": compiled}
-            found[name] = {"model": kind, "script": script, "micro_batch": B, "flags": flags}
-    return found
+    sweep = {}
+    for checkpointing, compiled in ((True, True), (True, False), (False, True), (False, False)):
+        for B in (4, 1, 2, 8):
+            for kind, script, px in CASES:
+                flags = {"resolution": px, "grad_checkpointing": checkpointing, "compile": compiled}
+                c = {"model": kind, "script": script, "micro_batch": B, "flags": flags}
+                sweep[name_of(kind, script, px, B, checkpointing, compiled)] = c
+    return {name: sweep[name] for name in presets()} | sweep
+
+
+def name_of(kind: str, script: str, px: int, B: int, checkpointing: bool, compiled: bool) -> str:
+    more = "-checkpointing" * checkpointing + "-compile" * compiled
+    return f"{kind}-{script}-{px}-b{B}{more}"
 
 
 def free() -> None:
@@ -387,9 +372,8 @@ def bundled(options, device: torch.device, path: Path) -> None:
     peak = matmul_peak(device, torch.float32)
     for name, script in SCRIPTS.items():
         preset = script.Config(**script.PRESETS["tiny"] | {"full": False})
-        args = replace(preset, group_size=preset.micro_batch) if script is pave_grpo else preset
+        args = replace(preset, num_minibatches=min(2, preset.num_minibatches))
         model = script.load_model(args, device)
-        model.encode([PROMPT])
         record = {
             "name": f"tiny-{name}",
             "device": "cpu",
@@ -398,11 +382,11 @@ def bundled(options, device: torch.device, path: Path) -> None:
         }
         record |= {"repeats": options.repeats, "versions": VERSIONS, "settings": settings(args)}
         measure(model, script, preset, args, options.repeats, record, peak)
-        one, many = (1000 * record[f"evaluation_b{B}"]["s"] / B for B in (1, args.micro_batch))
+        one, many = (1000 * record[f"evaluation_b{B}"]["s"] / B for B in (1, args.sample_batch))
         record |= {"overhead_ms": one - many}
         append(path, record)
         print(
-            f"  a network evaluation of one image alone {one:.1f} ms, in a batch of {args.micro_batch} {many:.2f} ms "
+            f"  a network evaluation of one image alone {one:.1f} ms, in a batch of {args.sample_batch} {many:.2f} ms "
             f"an image: about {one - many:.1f} ms of overhead a call"
         )
     print(
@@ -471,13 +455,13 @@ def table(records: dict[str, dict]) -> None:
 
 
 def presets() -> list[str]:
-    """Names of the configurations that are the presets themselves, at each resolution."""
+    """Names of the configurations that are the presets themselves, at each resolution; on CUDA
+    these compile.
+    """
     names = []
     for kind, script, px in CASES:
         args = SCRIPTS[script].Config(**SCRIPTS[script].PRESETS[kind])
-        names.append(
-            f"{kind}-{script}-{px}-b{args.micro_batch}" + "-checkpointing" * args.grad_checkpointing
-        )
+        names.append(name_of(kind, script, px, args.micro_batch, args.grad_checkpointing, True))
     return names
 
 
@@ -561,6 +545,7 @@ def check() -> None:
             theirs = [counter.get_total_flops()]
             v.sum().backward()
         theirs.append(counter.get_total_flops() - theirs[0])
+        ours = [real.calls(args) * found for found in ours]
         for what, a, b in zip(("forward", "backward"), ours, theirs, strict=True):
             print(f"{kind} {what}: {a:,} FLOPs by the rule, {b:,} by torch's counter")
             assert abs(a / b - 1) < 0.01, f"{kind} {what}: {a} FLOPs by the rule, {b} counted"
@@ -568,12 +553,13 @@ def check() -> None:
         (images, sample), (update_images, update) = methods(
             script, model, args, vgrpo.generator_for("check")
         )
-        result, sampled = sample(), sum(counts.values())
-        update(result)
+        sample()
+        sampled = sum(counts.values())
+        update()
         found = [sampled, sum(counts.values()) - sampled]
         expected = [
             real.calls(args) * n * m
-            for n, m in zip(planned(args)[2:], (images, update_images), strict=True)
+            for n, m in zip(planned(args)[1:], (images, update_images), strict=True)
         ]
         print(f"{kind} {name}: {found[0]} evaluations to sample, {found[1]} to update, as planned")
         assert all(abs(a - b) < 1e-6 for a, b in zip(found, expected, strict=True)), (

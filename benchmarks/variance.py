@@ -67,7 +67,8 @@ def figures(L: Tensor) -> list[float]:
 
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    args = vgrpo.parse_args(["--model", "tiny", "--num_pairs", str(options.num_pairs)])
+    flags = ["--prompts", "prompts/shapes_train.jsonl", "--num_pairs", str(options.num_pairs)]
+    args = vgrpo.parse_args(flags)
     model = vgrpo.load_model(args, torch.device("cpu"))
     P, G = options.prompts, options.group_size
     lines = [line for line in vgrpo.load_prompts(args.prompts)[:P] for _ in range(G)]

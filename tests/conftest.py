@@ -9,6 +9,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def run(folder, *flags, script=vgrpo):
     place = () if "--resume" in flags else ("--run_dir", str(folder), "--eval_prompts", str(few))
     script.main([*SMALL[script], *place, *flags])
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def small_model(script, args, device, sd3, flux):
+    """SD3.5-Medium's or FLUX.1-dev's network, small, of random weights and so many layers.
+    real_sizes.PROMPT and the empty prompt are encoded.
+    """
+    import real_sizes  # after the scripts, which keep libraries quiet
+
+    kinds = {kind: real_sizes.SMALL[kind] | own for kind, own in (("sd3", sd3), ("flux", flux))}
+    with unittest.mock.patch.dict(real_sizes.SMALL, kinds):
+        model = real_sizes.build_model(script, args, device, True, torch.float32)
+    for prompt, (context, pooled) in model.cache.items():  # a batch of one, as encode_prompt's
+        parts = context.reshape(1, *context.shape[-2:]), pooled.reshape(1, -1)
+        model.cache[prompt] = parts
+    return model
 
 
 def untimed(lines):

@@ -7,7 +7,6 @@ import math
 import types
 
 import curves
-import ema
 import own_runs
 import pave
 import planned
@@ -234,7 +233,7 @@ def rival_run(folder, method, *flags):
 def test_mixgrpo_with_all_steps_in_its_window_is_flow_grpo(tmp_path):
     """The same run as pave_grpo.py --rollout sde --splits, in every number."""
     found = rival_run(tmp_path / "mix", "mixgrpo", "--window", "3")
-    flags = "--iterations 2 --rollout sde --splits --sde flow --eta 0.7 --sde_steps 0 1 2"
+    flags = "--iterations 2 --rollout sde --splits --transition flow --eta 0.7 --sde_steps 0 1 2"
     expected = untimed(run(tmp_path / "flow", *flags.split(), script=pave_grpo))
     assert found == expected and found[-1]["optim/grad_norm"] > 0
 
@@ -364,6 +363,8 @@ def test_curves_read_runs_right():
         "pave": 80,
     }  # names that seeds.py has too: its runs
     assert all(job.iterations == lengths[job.name] for job in jobs if job.name in lengths)
+    for name, command in seeds.CONFIGURATIONS.items():
+        jobs.append(curves.Job(name, command, 0, lengths[name]))
     for job in jobs + curves.reduced_jobs():
         script, *flags = job.command.split()
         args = (
@@ -446,45 +447,6 @@ def test_paired_differences_are_of_the_same_seed_and_their_interval_students(tmp
     mean, low, high = pave.interval(differences)
     half = 4.30 * 0.125 / 3**0.5  # two degrees of freedom; the deviation is 0.125
     assert (mean, low, high) == pytest.approx((0.125, 0.125 - half, 0.125 + half))
-
-
-def test_moving_average_is_looked_at_and_never_trained(monkeypatch):
-    """After each step average <- d average + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)) after
-    n steps; an evaluation sees both and leaves the weights as they were.
-    """
-    weight = torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([weight], 1.0)
-    model = types.SimpleNamespace(trainable={"w": weight})
-    monkeypatch.setattr(vgrpo, "optimizer_step", lambda *_: weight.data.add_(1.0))
-    monkeypatch.setattr(vgrpo, "evaluate", lambda *_: {"eval/w": weight.item()})
-    ema.with_average(0.3)
-    average = 0.0
-    for n in range(6):
-        vgrpo.optimizer_step(optimizer, None, [])
-        share = min(0.3, (1 + n) / (10 + n)) if n else 0.0
-        average = share * average + (1 - share) * (n + 1)
-        found = vgrpo.evaluate(model)
-        assert found == {"eval/w": n + 1, "eval_ema/w": pytest.approx(average)}
-        assert weight.item() == n + 1
-
-
-def test_annealed_learning_rate_falls_to_a_last_step_of_one_part(monkeypatch):
-    """Step n of N has (N + 1 - n) / N of the learning rate."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 1.0)
-    args = types.SimpleNamespace(lr=0.8, iterations=2, update_epochs=1, num_minibatches=2)
-    seen = []
-
-    def take_step(optimizer, args, norms):
-        norms.append(0.0)
-        seen.append(optimizer.param_groups[0]["lr"])
-
-    monkeypatch.setattr(vgrpo, "optimizer_step", take_step)
-    monkeypatch.setattr(vgrpo, "evaluate", lambda *_: {})
-    ema.with_average(0.9, anneal=True)
-    norms = []
-    for _ in range(4):
-        vgrpo.optimizer_step(optimizer, args, norms)
-    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 @pytest.mark.parametrize(

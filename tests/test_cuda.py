@@ -1,6 +1,7 @@
 """The same step on a CUDA device; skipped without one."""
 
 import json
+import unittest.mock
 
 import pytest
 import torch
@@ -20,31 +21,33 @@ def one_update(script, device, *flags):
     args = script.parse_args(
         [*always, *flags, *(["--sde_steps", "0", "2"] if script is pave_grpo else [])]
     )
-    model, sigmas = script.load_model(args, torch.device(device)), script.sigma_grid(6, 3.0)
+    device = script.start_processes(args) if device == "cuda" else torch.device(device)
+    model, sigmas = script.load_model(args, device), script.sigma_grid(6, 3.0)
     draw, shape = gen(1), model.latent_shape
     for name, p in model.trainable.items():  # LoRA starts at 0, where half of its gradient is 0
         p.data += 0.02 * torch.randn(p.shape, generator=gen(len(name))).to(p)
     lines = script.load_prompts(args.prompts)[:4]
     if script is vgrpo:
         lines = [line for line in lines for _ in range(4)]
-        x_0 = torch.randn(16, *shape, generator=draw)
+        x_0 = torch.randn(16, *shape, generator=draw).to(device)
         t, noise = vgrpo.draw_pairs(sigmas, args.num_pairs, 4, 4, shape, draw)
-        data = (x_0, t, noise, torch.randn(16, generator=draw))
+        data = (x_0, t, noise, torch.randn(16, generator=draw).to(device))
     else:
         x_t = torch.randn(4, 2, *shape, generator=draw)
         x_s = x_t[:, :, None] + 0.1 * torch.randn(4, 2, 4, *shape, generator=draw)
         data = (x_t, x_s, torch.randn(4, 2, 4, generator=draw))
+        data = [part.to(device) for part in data]
     gradients = []
 
-    def step():
-        gradients.append(
-            torch.cat([p.grad.flatten().float().cpu() for p in model.trainable.values()])
-        )
+    def step(optimizer, args):
+        weights = model.trainable.values()
+        gradients.append(torch.cat([p.grad.flatten().float().cpu() for p in weights]))
         model.transformer.zero_grad()
+        return gradients[-1].norm().item()
 
-    data = [x.to(device) for x in data]
-    batch = vgrpo.Batch(lines, *data) if script is vgrpo else pave_grpo.Batch(lines, None, *data)
-    metrics = script.update(model, batch, args, step)
+    with unittest.mock.patch.object(script, "optimizer_step", step):
+        norms, metrics = script.update(model, None, lines, *data, args)
+    assert len(norms) == args.update_epochs * args.num_minibatches
     return {name: value.item() for name, value in metrics.items()}, gradients[0]
 
 
@@ -56,6 +59,13 @@ def assert_same_step(one, other):
     assert error < 0.05
     for name in ("loss/policy", "loss/kl"):
         assert found[name] == pytest.approx(expected[name], rel=0.01, abs=1e-4), name
+
+
+@both
+def test_the_step_to_compare_is_the_same_twice(script):
+    """On the CPU, where no CUDA device is: what the tests below compare is deterministic."""
+    one, other = (one_update(script, "cpu", "--ref_kl_beta", "0.1") for _ in range(2))
+    assert one[0] == other[0] and torch.equal(one[1], other[1]) and one[1].norm() > 0
 
 
 @cuda

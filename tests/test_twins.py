@@ -64,13 +64,14 @@ def test_twins_differ_in_their_methods_only():
     assert banners == twin_banners
     assert banners == [
         "config",
-        "sigma grid",
-        "model",
+        "sigma grid and generators",
         "METHOD",
-        "evaluation and images",
-        "checkpoint and logging",
-        "distributed",
         "main",
+        "command line",
+        "model",
+        "prompts and evaluation",
+        "checkpoint and log",
+        "distributed",
     ]
     lines, twin_lines = text.splitlines(), twin_text.splitlines()
     assert len(lines) > 400, "most of a script is plumbing"
