@@ -76,9 +76,11 @@ def one_sentence():
     except KeyboardInterrupt:
         print("Stopped: a run goes on from its last checkpoint with --resume.")
     except (UserError, OSError, *MENDS) as error:
-        sentence = re.split(r"(?<!:)\n", str(error).strip())[0].replace("\n", " ")
-        mends = [f". {MENDS[kind]}" for kind in MENDS if isinstance(error, kind)]
-        print("error: " + "".join([sentence.rstrip("."), *(mends or ".")]), file=sys.stderr)
+        first, *_ = re.split(r"(?<!:)\n", str(error).strip())  # with what follows a colon
+        sentence = first.replace("\n", " ")
+        mends = [MENDS[kind] for kind in MENDS if isinstance(error, kind)]
+        parts = [sentence.rstrip("."), *mends] if mends else [sentence]
+        print("error: " + ". ".join(parts), file=sys.stderr)
         sys.exit(2)
 
 

@@ -257,6 +257,15 @@ def test_a_lack_of_memory_passes_through_as_itself():
 
 
 SENTENCES = [
+    (
+        ModuleNotFoundError("No module named 'wandb'"),
+        "error: No module named 'wandb'. Install it with pip.\n",
+    ),
+    (
+        torch.OutOfMemoryError("raised:\nCUDA out of memory.\nmore"),
+        "error: raised: CUDA out of memory. Lower --micro_batch, --sample_batch or --resolution, or give "
+        "--grad_checkpointing.\n",
+    ),
     (rewards.UserError("a mistake.\nand more"), "error: a mistake.\n"),
     (FileNotFoundError(2, "No such file", "x.txt"), "error: [Errno 2] No such file: 'x.txt'\n"),
     (
@@ -266,7 +275,7 @@ SENTENCES = [
     ),
     (
         safetensors.SafetensorError("Error while deserializing header"),
-        "error: Error while deserializing header Disk full, or a file damaged? "
+        "error: Error while deserializing header. Disk full, or a file damaged? "
         "The checkpoint is intact.\n",
     ),
 ]
