@@ -467,3 +467,25 @@ def test_faq_scores_of_the_average_are_what_the_results_say(metric):
     found = curves.runs("ema_default")
     row = " | ".join(f"{run[50][f'{metric}/shapes']:.3f}" for run in found)
     assert len(found) == 5 and f"| {row} |" in DOCS
+
+
+def test_documented_choice_of_defaults_is_that_of_the_kept_runs():
+    """The FAQ's rows of prompts and averages, and the README's first table, from defaults.jsonl."""
+    ends = {}
+    for line in (ROOT / "benchmarks/results/defaults.jsonl").read_text().splitlines():
+        entry = json.loads(line)  # the last evaluation of a run comes last
+        ends[entry["commit"], entry["script"], entry["prompts"], entry["seed"]] = entry
+    kept = {}
+    for (*name, _), entry in sorted(ends.items()):
+        kept.setdefault(tuple(name), []).append(entry)
+    for entries in kept.values():
+        for key in ("eval/shapes", "average 0.8", "average 0.9"):
+            values = [entry[key] for entry in entries if key in entry]
+            if values:
+                cells = [f"{value:.3f}" for value in values] + [""] * (5 - len(values))
+                mean = sum(values) / len(values)
+                row = f"| {' | '.join(cells)} | {mean:.3f} | {min(values):.3f} |"
+                assert row in DOCS, row
+    for *name, count in (("vgrpo", "shapes_all", "five"), ("pave_grpo", "shapes_train", "three")):
+        values = [entry["eval/shapes"] for entry in kept[("c543235", *name)]]
+        assert f"| {min(values):.2f} to {max(values):.2f} ({count}) |" in DOCS
