@@ -689,10 +689,6 @@ def open_run(args, done):
         return run_dir, lambda metrics: None
     for folder in ("samples", "checkpoint"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if done else []
-    path.write_bytes(b"".join(lines[: done + 1]))
     if args.tracker == "wandb":
         import wandb
 
@@ -701,6 +697,10 @@ def open_run(args, done):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run_dir))
+    (run_dir / "config.json").write_text(json.dumps(vars(args), indent=1))
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if done else []
+    path.write_bytes(b"".join(lines[: done + 1]))
 
     def record(metrics):
         with path.open("a", newline="\n") as log:
