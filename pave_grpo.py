@@ -412,11 +412,12 @@ def main(argv):
     args = parse_args(argv)
     device = start_processes(args)
     train_lines, eval_lines = load_prompts(args.prompts), load_prompts(args.eval_prompts)
-    reward_fns, reward_weights = rewards.load_rewards(args.reward)
+    prompts_hash = generator_for(train_lines, eval_lines).initial_seed()
+    reward_fns, reward_weights = rewards.load_rewards(args.reward, train_lines, eval_lines)
     model = load_model(args, device)
-    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": CUDA}
-    optimizer = torch.optim.AdamW(model.trainable.values(), **options)
-    done = load_checkpoint(model, optimizer, args)  # iterations
+    weights = model.trainable.values()
+    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=args.weight_decay, fused=CUDA)
+    done = load_checkpoint(model, optimizer, prompts_hash, args)  # iterations
     run_dir, record = open_run(args, done)
     sigmas = sigma_grid(args.steps, args.shift)
     if not done:
@@ -455,14 +456,13 @@ def main(argv):
         record(logged)
         bar.set_postfix(reward=f"{logged['reward/mean']:.3f}")
         if last or iteration % args.save_every == 0:
-            save_checkpoint(run_dir, iteration, model, optimizer, args)
+            save_checkpoint(run_dir, iteration, model, optimizer, prompts_hash, args)
     model.swap_average()
     recipe = model.save(run_dir) if done or args.iterations else "none were trained"
     if RANK == 0:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        before, after = json.loads(lines[0]), json.loads(lines[-1])
-        for name in sorted(before.keys() & after.keys() - {"iteration"}):
-            print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
+        log = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+        for name in sorted(log[0].keys() & log[-1].keys() - {"iteration"}):
+            print(f"{name}: {log[0][name]:.3f} -> {log[-1][name]:.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -483,7 +483,8 @@ def parse_args(argv):
     if kind not in PRESETS and not chosen.resume:
         from diffusers import DiffusionPipeline
 
-        kind = CLASSES.get(DiffusionPipeline.load_config(kind).get("_class_name"))
+        with rewards.loading("--model", kind):
+            kind = CLASSES.get(DiffusionPipeline.load_config(kind).get("_class_name"))
     defaults = read_checkpoint(chosen.resume)["config"] if chosen.resume else PRESETS.get(kind)
     parser.set_defaults(**vars(Config()) | (defaults or fail("--model is neither SD3 nor FLUX.")))
     args = Config(**vars(parser.parse_args(argv)))
@@ -503,8 +504,9 @@ def parse_args(argv):
 
 
 # ------------------------------------------------------------------------------------------- model
-SD3, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
-MODEL_IDS = {"tiny": str(Path(__file__).with_name("tiny_sd3")), "sd3": SD3, "flux": FLUX}
+MODEL_IDS = {"tiny": str(Path(__file__).with_name("tiny_sd3")),
+             "sd3": "stabilityai/stable-diffusion-3.5-medium",
+             "flux": "black-forest-labs/FLUX.1-dev"}  # fmt: skip
 CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
@@ -516,8 +518,8 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
         most = unit * pipe.transformer.config.get("pos_embed_max_size", args.resolution)
         if args.resolution % unit or args.resolution > most:
             fail(f"--resolution must be a multiple of {unit} px, and at most {most}.")
-        sides = [args.resolution // pipe.vae_scale_factor] * 2
-        self.latent_shape = (pipe.vae.config.latent_channels, *sides)
+        side = args.resolution // pipe.vae_scale_factor
+        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
         self.pipe, self.args, self.device = pipe, args, device
         self.is_flux = type(pipe).__name__ == "FluxPipeline"
         self.scale = scale = args.guidance_scale
@@ -543,8 +545,8 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
             from peft import LoraConfig
 
             layers = ATTENTION + FEED_FORWARD if self.is_flux else ATTENTION
-            sizes = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
-            lora = LoraConfig(target_modules=layers, init_lora_weights="gaussian", **sizes)
+            lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=layers)
+            lora.init_lora_weights = "gaussian"
             torch.manual_seed(generator_for(args.seed, "lora").initial_seed())  # peft's is global
             net.add_adapter(lora)
             cast_training_params(net)
@@ -560,8 +562,7 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
         each followed by "". New ones are encoded in one visit of the text encoders, and kept."""
         if not self.cache.keys() >= set(prompts):
             self.cache = self.cache if len(self.cache) < 1000 else {}
-            parts = self.pipe.components.items()
-            encoders = [part for name, part in parts if name.startswith("text_encoder")]
+            encoders = [part for name, part in self.pipe.components.items() if "text_enc" in name]
             sizes = {"device": self.device, "max_sequence_length": self.args.max_sequence_length}
             sd3 = {} if self.is_flux else {"prompt_3": None, "do_classifier_free_guidance": False}
             with rewards.visiting(encoders, self.device):
@@ -647,22 +648,20 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
 
 def load_model(args, device):
     """Loads --model: bf16 on CUDA, fp32 on the CPU; the VAE and what --full trains are fp32."""
-    import diffusers
+    from diffusers import DiffusionPipeline, utils
 
-    diffusers.utils.logging.disable_progress_bar()
+    utils.logging.disable_progress_bar()
     path = MODEL_IDS.get(args.model, args.model)
-    parts = diffusers.DiffusionPipeline.load_config(path).items()
-    absent = [name for name, part in parts if "_3" in name and part == [None, None]]  # no T5
+    parts = DiffusionPipeline.load_config(path).items()
+    absent = {name: None for name, part in parts if "_3" in name and not any(part)}  # no T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            path, dtype=dtypes, **dict.fromkeys(absent)
-        )
+    half_files = {".fp16" in file.name for file in Path(path).glob("transformer/*.safetensors")}
+    variant = "fp16" if half_files == {True} else None
+    with rewards.loading("--model", path):
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, variant=variant, **absent)
         pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
-    except (ValueError, RuntimeError) as error:  # weights that do not fit their config, for one
-        fail(f"--model {args.model} cannot be loaded ({str(error).splitlines()[0]}).")
     return Model(pipe, args, device)
 
 
@@ -709,11 +708,11 @@ def evaluate(model, lines, reward_fns, run_dir, args, iteration):
         captions = [line["prompt"] for line in prompts[:12]]
         grid = rewards.image_grid(model.decode(x_0[:12]), captions)
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    return {f"eval/{name}": float(scores[name][:total].mean()) for name in scores}
+    return {f"eval/{name}": float(scores[name][:total].nanmean()) for name in scores}
 
 
 # ------------------------------------------------------------------------------- checkpoint and log
-def save_checkpoint(run_dir, iteration, model, optimizer, args):
+def save_checkpoint(run_dir, iteration, model, optimizer, prompts_hash, args):
     """Replaces the checkpoint in one step: a kill at any moment leaves the old one or the new."""
     tensors = model.trainable | {f"average.{name}": w for name, w in model.average.items()}
     for name, weight in model.trainable.items():
@@ -722,7 +721,7 @@ def save_checkpoint(run_dir, iteration, model, optimizer, args):
     tensors = whole(tensors)
     if RANK > 0:
         return
-    state = {"iteration": iteration, "config": vars(args)}
+    state = {"iteration": iteration, "config": vars(args), "prompts": prompts_hash}
     new = run_dir / f"{CHECKPOINT}.new"
     safetensors.torch.save_file(tensors, new, {"state": json.dumps(state)})
     with new.open("r+b") as file:  # Windows syncs only what is open for writing
@@ -741,16 +740,18 @@ def read_checkpoint(run_dir):
         fail(f"{run_dir} holds no checkpoint, or a damaged or another script's one ({error}).")
 
 
-def load_checkpoint(model, optimizer, args):
+def load_checkpoint(model, optimizer, prompts_hash, args):
     """Restores --resume and returns its iteration; of --start_from, the averaged weights only."""
     run_dir = args.resume or args.start_from
     if not run_dir:
         return 0
     state = read_checkpoint(run_dir)
     saved = safetensors.torch.load_file(Path(run_dir, CHECKPOINT))
+    if args.resume and state.get("prompts", prompts_hash) != prompts_hash:
+        print("warning: the prompt files are not those of the checkpoint.", file=sys.stderr)
     weights = model.trainable.items()
     fits = all(name in saved and saved[name].shape == weight.shape for name, weight in weights)
-    if not fits or not (args.full or args.lora_alpha == state["config"]["lora_alpha"]):
+    if not fits or args.lora_alpha != state["config"]["lora_alpha"]:
         fail(f"{run_dir} holds other weights: its --model, --full or --lora_* are others.")
     for name, weight in weights:
         average = saved.get(f"average.{name}", saved[name])
@@ -789,8 +790,7 @@ def open_run(args, done):
         for name, value in metrics.items() if args.tracker != "none" else ():
             writer.add_scalar(name, value, metrics["iteration"])
 
-    per_prompt = args.images_per_prompt()
-    print(f"{args.iterations} iterations of {args.prompts_per_iter} x {per_prompt} images")
+    print(f"{args.prompts_per_iter} x {args.images_per_prompt()} images an iteration")
     print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
     return run_dir, record
 

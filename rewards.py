@@ -1,18 +1,18 @@
-"""Rewards: the one module that vgrpo.py and pave_grpo.py share.
+"""Rewards: the one module that vgrpo.py and pave_grpo.py share. A reward is a function:
 
-A reward is a function of images, the prompts they were made for, and the prompts' metadata:
-
-    reward_fn(images, prompts, metadata) -> (N,) fp32, higher is better
+    reward_fn(images, prompts, metadata) -> (N,) fp32, or a list in which None abstains
         images    (N, 3, H, W) float in [0, 1], on the training device
         prompts   list[str], N
         metadata  list[dict], N: every key of the prompt's .jsonl line besides "prompt"; {} for .txt
 
-`--reward "shapes=1,jpeg=0.5"` names several; a weight of 0 only logs. `--reward pickscore@FOLDER=1`
-reads a model from a folder, not from the hub. `--reward my_file.py:my_fn` loads your own function.
+Higher is better. `--reward "shapes=1,jpeg=0.5"` names several; a weight of 0 only logs.
+`--reward pickscore@FOLDER=1` reads a model from a folder, not from the hub.
+`--reward my_file.py:my_fn` loads your own function.
 """
 
 import ast
 import base64
+import copy
 import http.client
 import importlib.util
 import io
@@ -20,18 +20,19 @@ import json
 import math
 import os
 import re
-import runpy
 import signal
 import sys
 import textwrap
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener, getproxies, proxy_bypass
 
 import safetensors.torch
 import torch
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import disable_progress_bars
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when they are imported
@@ -84,16 +85,29 @@ def one_sentence():
         sys.exit(2)
 
 
-def load_prompts(path: str) -> list[dict]:
+class Line(dict):
+    """An entry of a prompt file, {"prompt": ..., **metadata}, which knows where it stands."""
+
+    place = "a prompt"  # "FILE, line N"
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file.  Raises UserError."""
+    try:
+        data = Path(path).read_bytes()
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
+            raise ValueError("it is UTF-16, or no text: save it as UTF-8")
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
+
+
+def load_prompts(path: str) -> list[Line]:
     """Prompts of a UTF-8 file, [{"prompt": str, ...}]: .txt, one a line, or .jsonl.
     Other keys of a .jsonl line are metadata. Blank lines are skipped. A relative path is looked up
     in the working directory, then beside this file.  Raises UserError naming file and line."""
     beside = Path(__file__).resolve().parent / path
-    try:
-        file = Path(path) if Path(path).exists() or not beside.is_file() else beside
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read ({error}).") from None
+    text = read_text(beside if beside.is_file() and not Path(path).exists() else path)
     is_json = str(path).endswith(".jsonl")
     if not is_json and not str(path).endswith(".txt"):
         fail(f"prompt file {path} is neither .txt, a prompt a line, nor .jsonl.")
@@ -101,38 +115,54 @@ def load_prompts(path: str) -> list[dict]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
             entry = json.loads(line) if is_json else {"prompt": line.strip()}
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # which no tokenizer takes, nor a file
+            raise UserError(f"{place} holds half of a surrogate pair (\\ud800...).") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}).") from None
+            raise UserError(f"{place} is not JSON ({error}).") from None
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
-            fail(f'{path}, line {number} is not an object with a "prompt" text.')
-        prompts.append(entry)
+            fail(f'{place} is not an object with a "prompt" text.')
+        prompts.append(Line(entry))
+        prompts[-1].place = place
     return prompts or fail(f"prompt file {path} holds no prompts.")
 
 
 # ---------------------------------------------------------------------------------------- --reward
-def load_rewards(spec: str) -> tuple[dict[str, RewardFn], dict[str, float]]:
-    """Functions and weights of --reward "name=weight,...", by name; no weight is 1.  UserError."""
+def load_rewards(spec: str, *files: list[Line]) -> tuple[dict, dict]:
+    """Functions and weights of --reward "name=weight,...", by name; no weight is 1.
+    files: lines of each prompt file that they will score, which is checked.  Raises UserError."""
     wanted, functions, weights = [], {}, {}
     for item in filter(None, map(str.strip, spec.split(","))):
-        source, _, weight = item.partition("=")
+        source, weight = re.fullmatch(r"(.*?)(?:=([^=:/@]*))?", item).groups()  # paths may hold =
         try:
             value = float(weight or 1)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
             fail(f'--reward: the weight of "{item}" is not a number; write name=weight.')
-        wanted.append((source, value))
+        wanted.append((source.strip(), value))
     if not any(value for _, value in wanted):  # said before a model is loaded
         fail(f'--reward "{spec}" gives no reward a weight other than 0.')
     for source, value in wanted:
         name, function = load_reward(source)
-        if name in functions or name in ("mean", "std"):  # reward/mean and reward/std are totals
+        if name in functions or name in ("mean", "std", "abstained"):  # reward/mean is a total
             fail(f'--reward: "{name}" is given twice, or a name of the totals.')
         functions[name], weights[name] = function, value
+        for lines in files:
+            if not rows_for(function, lines):
+                has = 'has "include" (ocr: "text", or text in quotes)'
+                fail(f"reward {name} has nothing to score: from {lines[0].place} on none {has}.")
     return functions, weights
+
+
+def rows_for(function: RewardFn, lines: Iterable[dict]) -> list[int]:
+    """Which of the lines a reward scores: all, or those that its own applies(line) says."""
+    applies = getattr(function, "applies", None)
+    return [row for row, line in enumerate(lines) if applies is None or applies(line)]
 
 
 def load_reward(source: str) -> tuple[str, RewardFn]:
@@ -148,14 +178,34 @@ def load_reward(source: str) -> tuple[str, RewardFn]:
         fail(f'--reward: "{source}" is none of {known}, nor a file.py:function.')
     if not Path(path).is_file():
         fail(f"--reward: there is no Python file {path}.")
+    function = getattr(load_module(path), name, None)
+    if not callable(function):
+        fail(f'--reward: {path} has no function "{name}".')
+    return name, function
+
+
+@cache
+@torch.no_grad()
+def load_module(path: str) -> Any:
+    """A user's file as a module that finds its neighbours and whose functions can be pickled.
+    What it does to torch's global settings is undone.  UserError if it raises, or exits."""
+    file, argv, threads = Path(path).resolve(), sys.argv, torch.get_num_threads()
+    name = file.stem + "_" * (file.stem in sys.modules)  # another rewards.py, for one
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(1, str(file.parent))
+    sys.argv = [path]  # our flags are not its own
     try:
-        module = runpy.run_path(path)
-    except Exception as error:  # the user's code may raise anything
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--reward: {path} fails on import ({reason}).") from error
-    if not callable(module.get(name)):
-        fail(f'--reward: {path} has no function "{name}".')
-    return name, module[name]
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    return module
 
 
 @torch.no_grad()
@@ -186,56 +236,79 @@ def visiting(parts: Iterable[Any], device: torch.device):
             tensor.data = data
 
 
-def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]):
-    """One call of a reward, checked: (n,) fp32 on the images' device.
+def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]) -> Tensor:
+    """One call of a reward, checked: (n,) fp32 on the images' device, NaN where it abstains.
+    It abstains from lines that are not its own (see rows_for), and where its list holds None.
     Raises UserError, naming reward and prompts, if it fails, or has another shape or NaNs."""
-    metadata = [dict(line) for line in lines]
+    scores = torch.full((len(lines),), math.nan, device=images.device)
+    rows = rows_for(function, lines)
+    if not rows:
+        return scores
+    metadata = [copy.deepcopy(lines[row]) for row in rows]  # a reward may change what it gets
     prompts = [entry.pop("prompt") for entry in metadata]
     try:
-        reward = function(images, prompts, metadata)
-        reward = torch.as_tensor(reward, dtype=torch.float32, device=images.device)
+        found: Any = function(images[rows], prompts, metadata)
+        if isinstance(found, tuple) and isinstance(found[-1], dict):  # (scores, info), as DDPO's
+            found = found[0]
+        abstains = [score is None for score in found]
+        if any(abstains):
+            found = [math.nan if score is None else score for score in found]
+        found = torch.as_tensor(found, dtype=torch.float32, device=images.device)
     except (UserError, torch.OutOfMemoryError):  # the scripts know a mend for the second
         raise
     except Exception as error:  # a user's own reward may raise anything
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise UserError(f'reward "{name}" failed on {quoted(prompts)} ({reason}).') from error
-    if reward.shape != (len(lines),):
-        shape = tuple(reward.shape)
-        fail(f'reward "{name}" returned shape {shape} for {len(lines)} images: {quoted(prompts)}.')
-    finite = reward.isfinite().tolist()
-    bad = [prompt for prompt, ok in zip(prompts, finite, strict=True) if not ok]
+    if found.shape != (len(rows),):
+        shape = tuple(found.shape)
+        fail(f'reward "{name}" returned shape {shape} for {len(rows)} images: {quoted(prompts)}.')
+    scored = zip(prompts, found.isfinite().tolist(), abstains, strict=True)
+    bad = [prompt for prompt, finite, abstained in scored if not finite and not abstained]
     if bad:
         fail(f'reward "{name}" is not finite for {quoted(bad)}.')
-    return reward
+    scores[rows] = found
+    return scores
 
 
 def quoted(prompts: list[str]) -> str:
     """The first three distinct prompts, quoted, for an error message."""
-    distinct = [f'"{prompt}"' for prompt in dict.fromkeys(prompts)]
-    return ", ".join(distinct[:3])
+    return ", ".join(f'"{prompt}"' for prompt in [*dict.fromkeys(prompts)][:3])
 
 
 # -------------------------------------------------------------------------------------- advantages
 def group_advantages(rewards: dict, group_size: int, weights: dict, std="group", clamp=5.0):
     """Advantages relative to the group, a weighted sum over rewards.   [GRPO; per reward: MixGRPO]
-        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped to +-clamp
-    rewards: name -> (N,), N = P G, prompt-major;  weights: name -> float, 0 = no part in A;
-    group_size: G >= 2;  std: "group" or "global" (over all N), population;  clamp: > 0, None = off
+        A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + eps_r), clamped to +-clamp
+        eps_r = min(1e-4, max std R_r / 100), so that a reward of small numbers counts in full
+    rewards: name -> (N,), N = P G, prompt-major; NaN = it abstains: mean and std are the others',
+    and its term is 0;  weights: name -> float, 0 = no part in A;  group_size: G >= 2
+    std: "group" or "global" (over all N), population;  clamp: > 0, None = off
     Returns adv (N,), exactly 0 where a group's rewards are all equal, and the rewards' metrics.
-    Deviation: the papers say only "normalise"; population std and 1e-4 are ours."""
+    Raises UserError if all abstain.  Deviation: the papers say only "normalise"; eps is ours."""
     adv = torch.zeros(())
     metrics: dict[str, Tensor] = {}
     for name, reward in rewards.items():
         R = rearrange(reward, "(p g) -> p g", g=group_size)
-        dim = 1 if std == "group" else None
-        scale = R.std(dim=dim, keepdim=True, correction=0)
-        normalised = (R - R.mean(dim=1, keepdim=True)) / (scale + 1e-4)
-        equal = (R == R[:, :1]).all(dim=1, keepdim=True)  # the mean's rounding is no advantage
-        adv = adv + weights[name] * torch.where(equal, 0.0, normalised)
-        metrics[f"reward/{name}"] = reward.mean()
+        has = ~R.isnan()
+        mean = R.nanmean(dim=1, keepdim=True)
+        dim = 1 if std == "group" else (0, 1)
+        filled = torch.where(has, R, R.nanmean(dim=dim, keepdim=True))  # adds no deviation
+        share = has.to(R).mean(dim=dim, keepdim=True)
+        scale = filled.std(dim=dim, keepdim=True, correction=0) / share.sqrt()
+        eps = (scale.nan_to_num().max() / 100).clamp(max=1e-4)
+        lowest = R.nan_to_num(math.inf).amin(dim=1, keepdim=True)
+        differs = lowest < R.nan_to_num(-math.inf).amax(dim=1, keepdim=True)
+        normalised = torch.where(has & differs, (R - mean) / (scale + eps), 0.0)
+        adv = adv + weights[name] * normalised  # of equal rewards, (R - mean) may be rounding
+        if has.any():
+            metrics[f"reward/{name}"] = reward.nanmean()
     metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
-    weighted = [weights[name] * reward for name, reward in rewards.items()]
-    total = torch.stack(weighted).sum(dim=0)
+    weighted = torch.stack([weights[name] * reward for name, reward in rewards.items()])
+    abstained = weighted.isnan()
+    if abstained.all():
+        fail("every reward abstains from every image of this iteration.")
+    total = weighted.nansum(dim=0)[~abstained.all(dim=0)]
+    metrics["reward/abstained"] = abstained.float().mean()
     metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
     adv = adv if clamp is None else adv.clamp(-clamp, clamp)
     return rearrange(adv, "p g -> (p g)"), metrics
@@ -266,10 +339,25 @@ def image_grid(images: Tensor, captions: list[str]) -> Image.Image:
     draw = ImageDraw.Draw(grid)
     for i, picture in enumerate(pictures(images)):
         x, y = i % 6 * width + 4, i // 6 * height + 4
-        caption = "\n".join(textwrap.wrap(captions[i], side // 6)[:3])
+        caption, font = drawable(captions[i], i + 1)
+        letters = int(side * len(caption) / font.getlength(caption))  # of a line
+        caption = "\n".join(textwrap.wrap(caption, letters)[:3])
         grid.paste(picture.resize((side, side)), (x, y))
-        draw.text((x, y + side), caption, "black", spacing=0)
+        draw.text((x, y + side), caption, "black", font, spacing=0)
     return grid
+
+
+def drawable(text: str, number: int) -> tuple[str, Any]:
+    """A text, and an installed font that has its letters; or its number and what is ASCII of it."""
+    for name in ("", "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf"):
+        try:
+            font = ImageFont.truetype(name, 11) if name else ImageFont.load_default()
+        except OSError:  # not installed
+            continue
+        box = bytes(font.getmask("\uffff"))  # stands for a letter that a font lacks
+        if all(bytes(font.getmask(letter)) != box for letter in text if not letter.isspace()):
+            return text, font
+    return f"{number}: {text.encode('ascii', 'replace').decode()}", ImageFont.load_default()
 
 
 # --------------------------------------------------- shapes, the bundled world's verifier; and jpeg
@@ -280,131 +368,40 @@ PALETTE = {
     "purple": (170, 40, 200), "cyan": (30, 200, 220),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
-SIDES = {  # direction in pixels, y downwards
-    "left of": (-1, 0), "right of": (1, 0),
-    "above": (0, -1), "below": (0, 1),
-}  # fmt: skip
-MIN_COVERAGE = 0.5  # of a pixel by its object: anti-aliased edges belong to it from half on
-MIN_COSINE = 0.9  # of a pixel's hue to a colour's; two colours of the palette are below 0.9
-MIN_DISTANCE = 0.4  # of another colour to the ground, RGB in [0, 1], to be an object's
-MIN_AREA = 0.006  # of the image, 25 px of 64 x 64: less is decoder noise; objects have 128 and more
-FILL = (0.66, 0.89)  # area / bounding box, between triangle (drawn: 0.53), circle pi/4 and square 1
-MAX_ASPECT = 1.35  # longer side of the bounding box over the shorter; all three shapes are 1
+SIDES = {"left of": (-1, 0), "right of": (1, 0),  # direction in pixels, y downwards
+         "above": (0, -1), "below": (0, 1)}  # fmt: skip
 
 
 def shapes(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """Rule-based verifier of tiny_sd3's world: the share of its clauses that an image satisfies.
-    Range 0...1.  Needs metadata "include" (prompts/shapes_*.jsonl).  No model, no licence.
-    Source: this project; the task types and the metadata follow GenEval (arXiv 2310.11513)."""
+    """Rule-based verifier of tiny_sd3's world: the share of its clauses that an image meets, 0...1.
+    Abstains without metadata "include" (prompts/shapes_*.jsonl).  No model, no licence.  Source:
+    this project, with GenEval's tasks and metadata; the rules are in tiny_sd3/verifier.py."""
+    from tiny_sd3.verifier import clauses, find_objects
+
     shares = []
-    for objects, prompt, meta in zip(find_objects(images), prompts, metadata, strict=True):
-        if not meta.get("include"):
-            fail(f'reward shapes: "{prompt}" has no "include"; use prompts/shapes_train.jsonl.')
-        clauses = shapes_clauses(objects, meta["include"])
-        shares.append(sum(clauses) / len(clauses))
+    for objects, meta in zip(find_objects(images), metadata, strict=True):
+        held = clauses(objects, meta["include"])
+        shares.append(sum(held) / len(held))
     return torch.tensor(shares, device=images.device)
 
 
-def shapes_clauses(objects: list[tuple], include: list[dict]) -> list[bool]:
-    """The yes/no questions that a prompt asks of an image, answered for what find_objects found.
-    include: GenEval's [{"class", "color", "count", "position": [side, index]?}].  Is the total
-    number of objects right; are all their colours asked for, and all their shapes; for each entry,
-    are there exactly `count` with both, and does its position hold (on the axis on which they are
-    further apart)?  No question is easier to satisfy with more objects: where one was ("is any
-    object red?"), reinforcement learning drew more of them."""
-    clauses = [len(objects) == sum(item["count"] for item in include)]
-    for column, key in enumerate(("color", "class")):
-        names = {found[column] for found in objects}
-        clauses.append(bool(names) and names <= {item[key] for item in include})
-    centres: list[list[float]] = []
-    for item in include:
-        wanted = (item["color"], item["class"])
-        same = [found[2:] for found in objects if found[:2] == wanted]
-        clauses.append(len(same) == item["count"])
-        axes = zip(*same, strict=True)
-        centres.append([sum(axis) / len(same) for axis in axes])
-    for here, item in zip(centres, include, strict=True):
-        if "position" in item:
-            side, index = item["position"]
-            there = centres[index]
-            dx = dy = 0.0  # an object that is missing is on no side
-            if here and there:
-                dx, dy = here[0] - there[0], here[1] - there[1]
-            along, across = (dx, dy) if SIDES[side][0] else (dy, dx)
-            clauses.append(along * sum(SIDES[side]) > abs(across))
-    return clauses
+def asks_for(line: dict, classes: Iterable, colours: Iterable) -> bool:
+    """Whether a line has GenEval's "include", what its verifiers read:  [{"class", "count",
+    "color"?, "position": [side, index of an earlier entry]?}].  UserError if it is another."""
+    item = include = line.get("include") or []
+    try:
+        for number, item in enumerate([*include, *line.get("exclude", [])]):
+            side, index = item.get("position", ("above", None))
+            known = item["class"] in classes and item.get("color") in colours and side in SIDES
+            if not known or index not in (None, *range(number)) or item["count"] < 1:
+                raise ValueError
+    except (AttributeError, LookupError, TypeError, ValueError):
+        place = getattr(line, "place", Line.place)
+        fail(f"{place} includes an unknown class, color, count or side: {item}.")
+    return bool(include)
 
 
-def find_objects(images: Tensor) -> list[list[tuple]]:
-    """Segments images of the bundled world, (N, 3, H, W) in [0, 1], into objects.
-    Returns (colour, shape, x, y) of each, by image: names or "?"; the centre, in pixels."""
-    N, _, H, W = images.shape
-    colour = pixel_colours(images)
-    label = connected_components(colour).flatten()
-    colour = colour.flatten()
-    pixel = torch.nonzero(colour >= 0).squeeze(1)
-    root, region, area = label[pixel].unique(return_inverse=True, return_counts=True)
-    zero = torch.zeros(len(area), device=images.device)
-    lengths, centres = [], []
-    for axis in (pixel % W, pixel // W % H):
-        position = axis.float()
-        first = zero.scatter_reduce(0, region, position, "amin", include_self=False)
-        last = zero.scatter_reduce(0, region, position, "amax", include_self=False)
-        lengths.append(last - first + 1)
-        centres.append(zero.index_add(0, region, position) / area)
-    width, height = lengths
-    fill = area / (width * height)
-    shape = torch.full_like(root, SHAPES.index("circle"))
-    shape[fill < FILL[0]] = SHAPES.index("triangle")
-    shape[fill > FILL[1]] = SHAPES.index("square")
-    shape[torch.maximum(width / height, height / width) > MAX_ASPECT] = len(SHAPES)
-    large = area >= MIN_AREA * H * W
-    kinds = torch.stack([root, colour[root], shape], dim=1)[large].tolist()
-    places = torch.stack(centres, dim=1)[large].tolist()
-    colours, names = (*PALETTE, "?"), (*SHAPES, "?")
-    objects: list[list] = [[] for _ in range(N)]
-    for (number, c, s), place in zip(kinds, places, strict=True):
-        objects[number // (H * W)].append((colours[c], names[s], *place))
-    return objects
-
-
-def pixel_colours(images: Tensor) -> Tensor:
-    """Colour of each pixel, (N, H, W): an index of PALETTE, its length = another, -1 = ground.
-    An anti-aliased pixel is ground + coverage * (colour - ground): hence its direction."""
-    palette = torch.tensor(list(PALETTE.values()), device=images.device) / 255
-    ground = torch.tensor(GROUND, device=images.device) / 255
-    direction = palette - ground
-    offset = images.float() - ground.view(3, 1, 1)
-    distance = offset.square().sum(dim=1).sqrt()  # norm(dim=1) takes ten times as long on the CPU
-    along = torch.einsum("nchw,kc->nkhw", offset, F.normalize(direction, dim=1))
-    projection, colour = along.max(dim=1)
-    coverage = projection / direction.norm(dim=1)[colour]
-    known = projection / distance.clamp_min(1e-6) >= MIN_COSINE
-    strong = torch.where(known, coverage > MIN_COVERAGE, distance > MIN_DISTANCE)
-    colour = torch.where(known, colour, len(PALETTE))
-    return torch.where(strong, colour, -1)
-
-
-def connected_components(colour: Tensor) -> Tensor:
-    """Labels the 4-connected regions of equal colour, (N, H, W) int, < 0 = background.
-    Returns the largest flat index in the pixel's region, (N, H, W).  A pixel takes its equal
-    neighbours' largest label, then its label's label."""
-    label = torch.arange(colour.numel(), device=colour.device).view_as(colour)
-    right, below = colour[:, :, 1:], colour[:, 1:]
-    same_right = (colour.diff(dim=2) == 0) & (right >= 0)
-    same_below = (colour.diff(dim=1) == 0) & (below >= 0)
-    while True:
-        new = label.clone()
-        for axis, same in ((2, same_right), (1, same_below)):
-            size = same.shape[axis]
-            here, beside = new.narrow(axis, 0, size), new.narrow(axis, 1, size)
-            torch.maximum(here, torch.where(same, beside, here), out=here)
-            torch.maximum(beside, torch.where(same, here, beside), out=beside)
-        for _ in range(3):
-            new = new.view(-1)[new]
-        if torch.equal(new, label):
-            return label
-        label = new
+shapes.applies = partial(asks_for, classes=SHAPES, colours=PALETTE)  # type: ignore[attr-defined]
 
 
 def jpeg(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -426,9 +423,12 @@ def loading(name: str, source: str):
     except Exception as error:  # of another class than expected, a folder raises anything
         text = re.sub(r":\s+", ": ", str(error).strip(), count=1)  # the reason is on the next line
         reason = text.split("\n")[0].rstrip(". ")
-        problem = f"reward {name}: {source} cannot be loaded ({reason})"
-        mend = "check the network, run `hf auth login` if it is gated, or name a folder that holds"
-        raise UserError(f"{problem}; {mend} it: --reward {name}@FOLDER=1.") from error
+        who, flag = f"reward {name}:", f"--reward {name}@FOLDER=1"
+        if name == "--model":  # of the scripts, a diffusers pipeline
+            who, flag = name, "--model FOLDER"
+            reason = "it is a single file" if Path(source).is_file() else reason
+        mend = f"check the network, run `hf auth login` if it is gated, or name a folder: {flag}"
+        raise UserError(f"{who} {source} cannot be loaded ({reason}); {mend}.") from error
 
 
 def load_pretrained(name: str, kind: str, source: str, dtype=torch.float32, **options) -> Any:
@@ -559,9 +559,8 @@ def clipscore(source: str | None = None) -> RewardFn:
 
 
 class Aesthetic(torch.nn.Module):
-    """LAION's aesthetic predictor: five linear layers on the unit CLIP-L image embedding.
-    1...10; ignores the prompt.  Hub: CLIP_L (MIT), trl-lib/ddpo-aesthetic-predictor (Apache-2.0).
-    Source: DDPO, arXiv 2305.13301."""
+    """LAION's aesthetic predictor: five linear layers on CLIP-L's unit embedding.  1...10.
+    Hub: CLIP_L (MIT), trl-lib/ddpo-aesthetic-predictor (Apache-2.0).  Source: arXiv 2305.13301."""
 
     def __init__(self, source: str | None = None):
         super().__init__()
@@ -588,9 +587,9 @@ OPEN_CLIP = {  # open_clip's names to transformers', one pattern after the other
 
 
 def hpsv2(source: str | None = None) -> RewardFn:
-    """HPS v2.1, a CLIP-H fine-tuned on human preferences: the plain cosine.
-    About 0.2...0.4; not comparable to HPS v2.  Source: arXiv 2306.09341.  Hub: xswu/HPSv2,
-    HPS_v2.1_compressed.pt (Apache-2.0), an open_clip state dict; the rest of CLIP_H (MIT)."""
+    """HPS v2.1, a CLIP-H fine-tuned on human preferences: the cosine, about 0.2...0.4; no HPS v2.
+    Source: arXiv 2306.09341.  Hub: xswu/HPSv2, HPS_v2.1_compressed.pt (Apache-2.0), an open_clip
+    state dict; the rest of CLIP_H (MIT)."""
     hub, state = source or "xswu/HPSv2", {}
     for key, tensor in load_weights("hpsv2", hub, "HPS_v2.1_compressed.pt", OPEN_CLIP).items():
         if ".in_proj_" in key:  # q, k and v in one
@@ -611,19 +610,17 @@ BLIP = {  # the original BLIP's names to transformers', one pattern after the ot
     r"\.blocks\.": ".encoder.layers.", r"\.patch_embed\.proj": ".embeddings.patch_embedding",
     r"\.cls_token": ".embeddings.class_embedding", r"\.pos_embed": ".embeddings.position_embedding",
 }  # fmt: skip
-# BLIP-large's sizes
 BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, layer_norm_eps=1e-6)
 BLIP_VISION |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16)
-BLIP_TEXT = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12)
-# larger images shrink to at most this, smaller ones grow to at least this
-HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)
+BLIP_TEXT = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12)  # BLIP-large
+HPSV3_PIXELS = (256 * 28**2, 256 * 28**2)  # larger images shrink to it, smaller ones grow
 
 
 class ImageReward(torch.nn.Module):
     """ImageReward, a BLIP fine-tuned on human rankings:  (head(token 0) - 0.167174) / 1.033339.
-    About -2.3...2; alone it corrupts images.  Source: arXiv 2304.05977.  Hub: zai-org/ImageReward,
-    ImageReward.pt (Apache-2.0), a state dict of the original BLIP-large, whose text encoder (35
-    tokens at most) looks at the image; tokenizer of google-bert/bert-base-uncased (Apache-2.0)."""
+    About -2.3...2; alone it corrupts images; reads 35 tokens.  Source: arXiv 2304.05977.  Hub:
+    zai-org/ImageReward, ImageReward.pt (Apache-2.0), a state dict of the original BLIP-large;
+    tokenizer of google-bert/bert-base-uncased (Apache-2.0)."""
 
     def __init__(self, source: str | None = None):
         from transformers import BlipTextConfig, BlipVisionConfig, CLIPImageProcessor
@@ -717,8 +714,7 @@ def hpsv3_question() -> str:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                 texts[ast.unparse(node.targets[0])] = node.value.value
     if not {"INSTRUCTION", "prompt_with_special_token"} <= texts.keys():
-        mend = "pip install --no-deps hpsv3==1.0.0"
-        fail(f"reward hpsv3 reads its question from its package: {mend}.")
+        fail("reward hpsv3 needs its package's question: pip install --no-deps hpsv3==1.0.0.")
     return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
 
 
@@ -736,6 +732,9 @@ class Ocr(torch.nn.Module):
         self.question = self.processor(blank, return_tensors="pt")
         self.stop = dict(stop_strings="<|im_end|>", do_sample=False, max_new_tokens=64)
 
+    def applies(self, line):
+        return bool(ocr_target(line["prompt"], line))
+
     def forward(self, images, prompts, metadata):
         targets = list(map(ocr_target, prompts, metadata))
         inputs = {"pixel_values": model_pixels(images, self.processor.image_processor)}
@@ -748,13 +747,22 @@ class Ocr(torch.nn.Module):
         return torch.tensor(list(map(ocr_score, read, targets)), device=images.device)
 
 
+# each quote that opens, with those that close it
+QUOTES = ('""', "“”", "„“”", "””", "«»", "»«»", "‹›", "›‹›", "「」", "『』", "〝〞〟", "＂＂")
+QUOTED = re.compile("|".join(f"{pair[0]}([^{pair}]*)[{pair[1:]}]" for pair in QUOTES))
+
+
 def ocr_target(prompt: str, meta: dict) -> str:
-    """Metadata "text", or what the prompt's first two double quotes enclose.  Raises UserError."""
-    between = prompt.split('"')[1:-1] or [""]  # nothing lies between fewer than two
-    text = str(meta.get("text") or between[0])
-    if not text.strip():
-        fail(f"reward ocr: '{prompt}' has no text in double quotes and no metadata \"text\".")
-    return text
+    """Metadata "text", or what the prompt's first quotes enclose, of whatever language, or "".
+    Single ones count where there are no others.  Raises UserError if they do not pair up."""
+    if meta.get("text"):
+        return str(meta["text"])
+    if re.search(f"[{''.join(QUOTES)}]", QUOTED.sub("", prompt)):
+        place = getattr(meta, "place", Line.place)
+        fail(f"{place} has quotes that do not pair up: {prompt}")
+    pairs = [*QUOTED.finditer(prompt)] or [*re.finditer(r"‘(.*?)’(?!\w)", prompt)]
+    texts = [pair[pair.lastindex or 1].strip() for pair in pairs]
+    return next(filter(None, texts), "")
 
 
 def ocr_score(read: str, target: str) -> float:
@@ -806,16 +814,12 @@ class GenEval(torch.nn.Module):
         coco = self.detector.config.id2label.items()
         self.classes = {number: GENEVAL_NAMES.get(name, name) for number, name in coco}
 
+    def applies(self, line):
+        return asks_for(line, self.classes.values(), (*COLOURS, None))
+
     def forward(self, images, prompts, metadata):
-        verdicts = []
-        for image, prompt, meta in zip(images, prompts, metadata, strict=True):
-            for item in [*(meta.get("include") or [{}]), *meta.get("exclude", [])]:
-                known = item.get("class") in self.classes.values()
-                side = item.get("position", ["above"])[0]
-                if not known or item.get("color", "red") not in COLOURS or side not in SIDES:
-                    problem = f"no include, or an unknown class, color or side: {item}"
-                    fail(f'reward geneval: "{prompt}" has {problem}.')
-            verdicts.append(geneval_rules(self.detections(image), meta, self.colours_of))
+        pairs = zip(images, metadata, strict=True)
+        verdicts = [geneval_rules(self.detections(x), meta, self.colours_of) for x, meta in pairs]
         return torch.tensor(verdicts, device=images.device)
 
     def detections(self, image: Tensor) -> Iterable[tuple]:
@@ -888,6 +892,8 @@ def relative_sides(a: tuple, b: tuple) -> set[str]:
 
 JUDGE_TIMEOUT, JUDGE_REQUESTS = 120.0, 16  # s for an answer; requests at the same time
 JUDGE_PAUSES = (2.0, 4.0, 8.0)  # s before each further try
+# "NAME Score (1-5): x", in markdown or TeX too; a minus before x makes it no score
+SCORE = r"(\w+)[ _*-]*score[ _*]*(?:\([^)]*\))?[ _*]*[:：][^\w−–-]*(?:boxed{)?(-?\d+(?:\.\d+)?)"
 JUDGE_QUESTION = (
     "This image was generated for the prompt: {prompt}\n"
     "Rate how well it shows what the prompt asks for, and how good it looks, from 1 (poor) to 5 "
@@ -895,80 +901,93 @@ JUDGE_QUESTION = (
 )
 
 
-def vlm(source: str | None = None) -> RewardFn:
-    """A vision-language model as judge, see chat_judge:  Final Score / 5, that is 0.2...1."""
-    return chat_judge("vlm", source, divisor=5)
-
-
-def unifiedreward(source: str | None = None) -> RewardFn:
-    """UnifiedReward behind an endpoint, see chat_judge:  Final Score, 1...5 as in the papers.
-    Hub: CodeGoat24/UnifiedReward-2.0-qwen3vl-8b and others, of several licences.  arXiv 2503.05236.
-    JUDGE_QUESTION asks for its authors' two aspects in other words: their numbers need theirs."""
-    return chat_judge("unifiedreward", source, divisor=1)
-
-
 def chat_judge(name: str, source: str | None, divisor: float) -> RewardFn:
-    """The "Final Score: x" of a model behind an OpenAI-compatible endpoint (vLLM, SGLang).
+    """vlm, unifiedreward: the scores x of a model behind an OpenAI-compatible endpoint.
+    vlm: x / 5, 0.2...1.  unifiedreward: x, 1...5 as in the papers (arXiv 2503.05236); hub:
+    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b and others; its numbers need its authors' question.
     source: http://HOST:PORT/v1, or http://HOST:PORT/v1#FILE: the question, {prompt} in it
     The server's first model judges PNG images at temperature 0.  It gets OPENAI_API_KEY, if set.
-    Raises UserError; in use, without an answer or a score from 1 to 5."""
+    Abstains where it gives no score, and says so once.  UserError if it answers nothing at all."""
     endpoint, _, file = (source or "").partition("#")
     if not endpoint.startswith(("http://", "https://")):
         fail(f"reward {name} needs an endpoint: --reward {name}@http://HOST:PORT/v1=1.")
-    try:
-        template = Path(file).read_text(encoding="utf-8") if file else JUDGE_QUESTION
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"reward {name}: {file} cannot be read ({error}).") from None
+    template = read_text(file) if file else JUDGE_QUESTION
     if "{prompt}" not in template:
         fail(f"reward {name}: {file} does not say {{prompt}} where the prompt goes.")
     model = ask_judge(name, f"{endpoint.rstrip('/')}/models", ("data", 0, "id"))
+    blank = encoded(torch.ones(1, 3, 64, 64), "PNG")[0]
+    silent: list[str] = []
+    say = cache(partial(print, file=sys.stderr))  # once
 
-    def judge(image: bytes, prompt: str) -> float:
+    def ask(image: bytes, prompt: str) -> str:
         url = "data:image/png;base64," + base64.b64encode(image).decode()
         picture = {"type": "image_url", "image_url": {"url": url}}
         question = {"type": "text", "text": template.replace("{prompt}", prompt)}
         message = {"role": "user", "content": [picture, question]}
         body = {"model": model, "temperature": 0, "messages": [message]}
         chat = f"{endpoint.rstrip('/')}/chat/completions"
-        answer = ask_judge(name, chat, ("choices", 0, "message", "content"), body)
-        scores = re.findall(r"Final Score:[^\w-]*(-?\d+(?:\.\d+)?)", answer)
-        if not scores or not 1 <= float(scores[-1]) <= 5:
-            fail(f'reward {name}: no score from 1 to 5 for "{prompt}": {answer[-200:]!r}.')
-        return float(scores[-1]) / divisor
+        return ask_judge(name, chat, ("choices", 0, "message", "content"), body)
+
+    def judge(image: bytes, prompt: str) -> float | None:
+        try:
+            for _ in (*JUDGE_PAUSES, None):
+                answer = ask(image, prompt)
+                scores = judge_scores(answer)
+                if scores:
+                    return sum(scores) / len(scores) / divisor
+            problem = f"no score from 1 to 5 in {answer[-200:]!r}"
+        except UserError as error:
+            ask(blank, "a white square")  # raises if the server answers nothing at all
+            problem = str(error)
+        silent.append(f'reward {name} abstains, first from "{prompt}": {problem}')
+        return None
 
     def reward(images, prompts, metadata):
         with ThreadPoolExecutor(JUDGE_REQUESTS) as pool:  # leaves no request behind when one fails
             scores = list(pool.map(judge, encoded(images, "PNG"), prompts))
-        return torch.tensor(scores, device=images.device)
+        if silent:
+            say(silent[0])
+        return scores
 
     return reward
 
 
+def judge_scores(answer: str) -> list[float]:
+    """Each last x of "NAME Score: x", or that of "Final Score" alone; [] if one is not in 1...5."""
+    found = re.findall(SCORE, answer, re.IGNORECASE)
+    scores = {name.lower(): float(number) for name, number in found}
+    counted = [scores["final"]] if "final" in scores else [*scores.values()]
+    return counted if all(1 <= score <= 5 for score in counted) else []
+
+
 def ask_judge(name: str, url: str, keys: tuple, body: dict | None = None) -> str:
     """The text under these keys of the JSON at a URL, asked for again after JUDGE_PAUSES."""
-    request = urllib.request.Request(url, body and json.dumps(body).encode())
+    request = Request(url, body and json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     key = os.environ.get("OPENAI_API_KEY", "none")
     request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host alone
-    for pause in (*JUDGE_PAUSES, None):
+    host = urlsplit(url).hostname or ""
+    near = host.startswith("127.") or host in ("localhost", "::1", "0.0.0.0")
+    proxies = {} if near or proxy_bypass(host) else getproxies()
+    opener = build_opener(ProxyHandler(proxies))
+    said, pauses = b"", [*JUDGE_PAUSES]
+    while True:
         try:
-            with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT) as answer:
-                found = reply = json.load(answer)
-            break
-        except (OSError, ValueError, http.client.HTTPException) as error:  # silent, 5xx, not JSON
+            with opener.open(request, timeout=JUDGE_TIMEOUT) as answer:
+                said = answer.read()
+            found = json.loads(said)
+            for entry in keys:
+                found = found[entry]
+            return str(found)
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)
-            if pause is None or (code < 500 and code != 429):
-                said = f", {error.read(200)!r}" if hasattr(error, "read") else ""
-                raise UserError(f"reward {name}: {url} does not answer ({error}{said}).") from error
-            time.sleep(pause)
-    try:
-        for entry in keys:
-            found = found[entry]
-    except (LookupError, TypeError):
-        found = None
-    if not isinstance(found, str):
-        fail(f"reward {name}: {url} answers without {keys[-1]}: {str(reply)[:200]}.")
-    return found
+            if not pauses or (code < 500 and code != 429):
+                said = error.read() if hasattr(error, "read") else said
+                way = proxies.get(request.type, "").rpartition("@")[2]  # without its password
+                way = f" through the proxy {way}" if way else ""
+                problem = f"{url} does not answer{way} ({error!r}, {said[:200]!r})"
+                raise UserError(f"reward {name}: {problem}.") from error
+            time.sleep(pauses.pop(0))
 
 
 # ---------------------------------------------------------------------------- the names of --reward
@@ -976,5 +995,6 @@ REWARDS: dict[str, RewardFn] = {"shapes": shapes, "jpeg": jpeg}
 MODEL_REWARDS: dict[str, Callable[[str | None], RewardFn]] = {  # of a folder; None: of the hub
     "pickscore": pickscore, "clipscore": clipscore, "aesthetic": Aesthetic, "hpsv2": hpsv2,
     "imagereward": ImageReward, "hpsv3": HPSv3, "ocr": Ocr, "geneval": GenEval,
-    "vlm": vlm, "unifiedreward": unifiedreward,
+    "vlm": partial(chat_judge, "vlm", divisor=5),
+    "unifiedreward": partial(chat_judge, "unifiedreward", divisor=1),
 }  # fmt: skip

@@ -338,20 +338,33 @@ def test_detector_pixels_equal_the_processors_pil_path(tmp_path):
             )
 
 
-def test_geneval_refuses_what_it_cannot_judge(tiny_geneval):
+def test_geneval_refuses_what_it_cannot_judge(tiny_geneval, tmp_path):
     functions, _ = rewards.load_rewards(f"geneval@{tiny_geneval[0]}")
     cat = {"class": "cat", "count": 1}
     cases = {
-        "no include": {},
-        "has no include": dict(include=[]),
-        "unicorn": dict(include=[{"class": "unicorn", "count": 1}]),
+        "unicorn": [{"class": "unicorn", "count": 1}],
+        "cyan": [dict(cat, color="cyan")],
+        "beside": [cat, dict(cat, position=["beside", 0])],
+        "'class': 'cat'": [dict(cat, position=["above", 0])],  # it is itself the first
+        "'above', 2": [cat, dict(cat, position=["above", 2])],
+        "side: a": "a red cat",
+        "'many'": [dict(cat, count="many")],
+        "'count': 0": [dict(cat, count=0)],
+        "{'count': 1}": [{"count": 1}],
+        "5": [5],
     }
-    cases |= {"cyan": dict(include=[dict(cat, color="cyan")])}
-    cases |= {"beside": dict(include=[cat, dict(cat, position=["beside", 0])])}
-    cases |= {"zebra": dict(include=[cat], exclude=[{"class": "zebra", "count": 2}])}
-    for message, meta in cases.items():
-        with pytest.raises(rewards.UserError, match=f'reward geneval: "my prompt".*{message}'):
-            rewards.compute_rewards(functions, PICTURES[:1], [dict(prompt="my prompt", **meta)])
+    path = tmp_path / "mixed.jsonl"
+    for message, include in cases.items():
+        bad = {"prompt": "my prompt", "include": include}
+        path.write_text(f'{{"prompt": "a"}}\n\n{json.dumps(bad)}\n')
+        lines = rewards.load_prompts(path)
+        with pytest.raises(rewards.UserError, match=f"mixed.jsonl, line 3 includes.*{message}"):
+            rewards.load_rewards(f"geneval@{tiny_geneval[0]}", lines)
+        with pytest.raises(rewards.UserError, match=r"mixed\.jsonl, line 3"):
+            rewards.compute_rewards(functions, PICTURES[:2], lines)
+    zebra = dict(include=[cat], exclude=[{"class": "zebra", "count": 2}])
+    with pytest.raises(rewards.UserError, match="zebra"):
+        rewards.compute_rewards(functions, PICTURES[:1], [dict(prompt="my prompt", **zebra)])
 
 
 def test_the_docs_reward_of_ones_own_runs(tmp_path):
@@ -471,7 +484,10 @@ class Judge(http.server.BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         requests.append(body)
-        act = behaviour.get(len(requests) - 1, behaviour.get("always", "score"))
+        prompt = body["messages"][0]["content"][1]["text"]
+        letter = re.search(r"prompt: (\w)", prompt)[1]
+        usual = behaviour.get(letter, behaviour.get("always", "score"))
+        act = behaviour.get(len(requests) - 1, usual)
         if act == "fail":
             return self.answer({"error": "busy"}, 503)
         if act == "reject":
@@ -482,9 +498,9 @@ class Judge(http.server.BaseHTTPRequestHandler):
             time.sleep(0.2)
         if act == "html":
             return self.answer(b"<html>")
-        prompt = body["messages"][0]["content"][1]["text"]
-        score = {"a": "3", "b": "4.5", "c": "5"}[re.search(r"prompt: (\w)", prompt)[1]]
+        score = {"a": "3", "b": "4.5", "c": "5"}[letter]
         text = act if " " in act else f"Score 1? No.\n**Final Score: {score}**"
+        text = None if act == "null" else text
         reply = {"choices": [{"message": {"content": text}}]}
         return self.answer(behaviour.get("chat", reply))
 
@@ -542,13 +558,11 @@ def test_vlm_over_http(judge_server):
         server.behaviour.update(acts)
         found = rewards.compute_rewards(functions, PICTURES, LINES)["vlm"]
         close(found, scores, 1e-6, f"scores, server: {acts}")
-    for act, message, tries in (
-        ("fail", "503.*busy", 12),
-        ("I like it.", '(?="[abc]").*I like it', 3),
-        ("Final Score: -3", "no score from 1 to 5", 3),
-        ("Final Score: 4\nFinal Score: 10", "no score from 1 to 5", 3),
-        ("reject", "404.*no such model", 3),
-        ("silent", "", 4),
+    for act, message, tries in (  # four for each image, and four to see if it answers anything
+        ("fail", "503.*busy", 24),
+        ("html", "does not answer.*<html>", 24),
+        ("reject", "404.*no such model", 6),
+        ("silent", "does not answer", 8),
     ):
         server.requests.clear()
         server.behaviour.clear()
@@ -557,6 +571,103 @@ def test_vlm_over_http(judge_server):
         with pytest.raises(rewards.UserError, match=f"reward vlm.*{message}"):
             rewards.compute_rewards(functions, PICTURES[:count], LINES[:count])
         assert len(server.requests) <= tries, "no endless retries, none where they cannot help"
+
+
+@pytest.mark.parametrize(
+    "act, reason, tries",
+    [
+        ("I am unable to rate this image.", "unable to rate", 4),
+        ("null", "no score.*None", 4),
+        ("Final Score: -3", "no score", 4),
+        ("Final Score: 4\nFinal Score: 10", "no score", 4),
+        ("reject", "404.*no such model", 1),
+        ("fail", "503", 4),
+        ("silent", "does not answer", 4),
+    ],
+)
+def test_a_judge_abstains_from_one_image_and_says_so_once(judge_server, capsys, act, reason, tries):
+    """Refused, unanswered or without a score, after the retries; the others keep their scores."""
+    url, server = judge_server
+    server.behaviour["b"] = act
+    functions, _ = rewards.load_rewards(f"vlm@{url}")
+    for _ in range(2):
+        server.requests.clear()
+        scores = rewards.compute_rewards(functions, PICTURES, LINES)["vlm"]
+        assert scores.isnan().tolist() == [False, True, False]
+        close(scores[[0, 2]], torch.tensor([0.6, 1.0]), 1e-6, "the others")
+        asked = [body["messages"][0]["content"][1]["text"] for body in server.requests]
+        assert sum("prompt: b" in text for text in asked) == tries
+    said = capsys.readouterr().err
+    assert said.count("abstains") == 1 and said.count("\n") == 1
+    assert re.search(f'reward vlm abstains, first from "b": .*{reason}', said), said
+
+
+def test_a_judge_without_any_score_abstains_from_all_and_the_iteration_stops(judge_server):
+    url, server = judge_server
+    server.behaviour["always"] = "I like it."
+    scores = judged("vlm", url)
+    assert scores.isnan().all()
+    with pytest.raises(rewards.UserError, match="every reward abstains"):
+        rewards.group_advantages({"vlm": scores}, 3, {"vlm": 1.0})
+
+
+ANSWERS = {  # of the last x of each name, the mean; a "Final Score" alone
+    "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 5": 4.0,
+    "**Alignment Score (1-5):** 4.5\n- **Coherence Score (1-5)**: 2.5": 3.5,
+    "ALIGNMENT SCORE\uff1a2\nstyle score\uff1a3": 2.5,
+    "alignment_score (1\u20135): 1\nCoherence Score: \\boxed{2}": 1.5,
+    "Final Score: $\\boxed{4}$": 4.0,
+    "Final Score:\n\n5": 5.0,
+    "Final Score (out of 5): 3/5.": 3.0,
+    "Style Score: 1. Overall, then, Final Score: 4": 4.0,
+    "The final score: 2? No.\nFinal Score: 3": 3.0,
+    "Alignment Score: 2\nAlignment Score: 4\nStyle Score: 2": 3.0,
+    "Alignment Score (1-5): 4\nCoherence Score (1-5): 9\nStyle Score (1-5): 5": None,
+    "Alignment Score (1-5): 4\nCoherence Score (1-5): -2": None,
+    "Final Score: \u22123": None,
+    "Final Score: \u20133": None,
+    "Final Score: 0": None,
+    "Final Score: five": None,
+    "I am unable to rate this image.": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("number", range(len(ANSWERS)))
+def test_both_forms_of_answer_are_read(number):
+    """UnifiedReward's Final Score, and 2.0's three lines."""
+    answer, expected = [*ANSWERS.items()][number]
+    scores = rewards.judge_scores(answer)
+    assert (sum(scores) / len(scores) if scores else None) == expected
+
+
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
+
+
+def test_a_loop_back_judge_is_asked_without_a_proxy_and_a_refusing_one_is_named(
+    judge_server, monkeypatch
+):
+    url, _ = judge_server
+    for name in (*PROXIES, "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as (refusing, server):
+        proxy = refusing.removesuffix("/v1").replace("http://", "http://me:secret@")
+        for name in PROXIES:
+            monkeypatch.setenv(name, proxy)
+        for host in ("127.0.0.1", "localhost"):
+            scores = judged("vlm", url.replace("127.0.0.1", host))
+            close(scores, torch.tensor([0.6, 0.9, 1.0]), 1e-6, "scores")
+        assert not server.keys, "the proxy was not asked"
+        server.behaviour["models"] = {"error": "not from here"}
+        for scheme in ("http", "https"):
+            with pytest.raises(rewards.UserError) as refused:
+                rewards.load_rewards(f"vlm@{scheme}://judge.example/v1")
+            assert f"through the proxy 127.0.0.1:{server.server_port}" in str(refused.value)
+            assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
+        monkeypatch.setenv("no_proxy", "judge.example")
+        with pytest.raises(rewards.UserError) as refused:
+            rewards.load_rewards("vlm@http://judge.example/v1")
+        assert "proxy" not in str(refused.value), "it was not asked"
 
 
 def test_unifiedreward_keeps_the_papers_scale_and_asks_the_users_question(judge_server, tmp_path):
@@ -569,11 +680,14 @@ def test_unifiedreward_keeps_the_papers_scale_and_asks_the_users_question(judge_
     asked = {body["messages"][0]["content"][1]["text"] for body in server.requests}
     assert asked == {f"An {{odd}} question, prompt: {prompt} {prompt}?" for prompt in "abc"}
     question.write_text("no place for it")
+    utf16 = tmp_path / "utf16.txt"
+    utf16.write_text("Is it {prompt}?", encoding="utf-16")
     for file, message in (
         (question, "does not say {prompt}"),
         ("nowhere", "nowhere cannot be read"),
+        (utf16, "UTF-16"),
     ):
-        with pytest.raises(rewards.UserError, match=f"reward unifiedreward: .*{message}"):
+        with pytest.raises(rewards.UserError, match=message):
             rewards.load_rewards(f"unifiedreward@{url}#{file}")
 
 
@@ -588,22 +702,16 @@ def test_the_built_in_question_names_both_aspects_and_the_scale():
 def test_a_reply_without_a_model_is_one_sentence(judge_server, models):
     url, server = judge_server
     server.behaviour["models"] = models
-    with pytest.raises(
-        rewards.UserError, match=r"vlm: http.*/models answers without id: "
-    ) as error:
+    with pytest.raises(rewards.UserError, match=r"vlm: http.*/models does not answer") as error:
         rewards.load_rewards(f"vlm@{url}")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "chat", [{}, {"choices": []}, {"choices": [{"message": {"content": None}}]}, "text"]
-)
+@pytest.mark.parametrize("chat", [{}, {"choices": []}, {"choices": [{}]}, "text", 7, None])
 def test_a_reply_without_an_answer_is_one_sentence(judge_server, chat):
     url, server = judge_server
     server.behaviour["chat"] = chat
-    with pytest.raises(
-        rewards.UserError, match=r"vlm: http.*completions answers without content: "
-    ):
+    with pytest.raises(rewards.UserError, match=r"vlm: http.*completions does not answer"):
         judged("vlm", url)
 
 
@@ -635,9 +743,14 @@ def test_judges_need_an_endpoint(monkeypatch):
 def test_ocr_string_rules():
     assert rewards.ocr_target('a sign that says "Open Now" in red', {}) == "Open Now"
     assert rewards.ocr_target('a "x"', {"text": "from metadata"}) == "from metadata"
-    for prompt in ("no quotes", 'one " quote', '""', '" "'):
-        with pytest.raises(rewards.UserError, match="reward ocr"):
-            rewards.ocr_target(prompt, {})
+    for prompt in (
+        "no quotes",
+        '""',
+        '" "',
+        "the dogs' bowl",
+        "a dog\u2019s bowl, \u201890s style",
+    ):
+        assert rewards.ocr_target(prompt, {}) == ""
     cases = [
         ("open now!", "Open Now", 1.0),
         ("OPENNOW", "open now", 1.0),
@@ -733,3 +846,52 @@ def test_ocr_reads_like_the_hub_pipeline(tmp_path):
         found = rewards.compute_rewards(functions, pictures, lines)["ocr"]
     assert read == expected and any(text.strip() for text in expected), expected
     assert found.tolist() == pytest.approx([score(expected[0], "HI"), score(expected[1], "Q")])
+
+
+QUOTED = [
+    '"Hello"',
+    "\u201cHello\u201d",
+    "\u201eHello\u201c",
+    "\u201eHello\u201d",
+    "\u201dHello\u201d",
+    "\u00ab Hello \u00bb",
+    "\u00bbHello\u00ab",
+    "\u00bbHello\u00bb",
+    "\u2039Hello\u203a",
+    "\u300cHello\u300d",
+    "\u300eHello\u300f",
+    "\u301dHello\u301f",
+    "\uff02Hello\uff02",
+    "\u2018Hello\u2019",
+]
+
+
+@pytest.mark.parametrize("quote", QUOTED)
+def test_ocr_reads_quotes_of_any_language(quote):
+    assert rewards.ocr_target(f"the dog\u2019s sign says {quote} in red", {}) == "Hello"
+    assert rewards.ocr_target(f'{quote} and then "another"', {}) in ("Hello", "another")
+    if quote[0] != "\u2018":  # single ones count where there are no others
+        assert rewards.ocr_target(f"rock \u2018n\u2019 roll {quote}", {}) == "Hello"
+        for half in (quote[:-1], quote[1:], f"{quote} {quote[1:]}"):
+            with pytest.raises(rewards.UserError, match="do not pair up"):
+                rewards.ocr_target(f"a sign that says {half}", {})
+            assert rewards.ocr_target(f"a sign that says {half}", {"text": "Hi"}) == "Hi"
+
+
+def test_ocr_keeps_quotes_of_another_kind_and_apostrophes_inside():
+    target = rewards.ocr_target("says \u201cDon\u2019t \u00abpanic\u00bb\u201d, in red", {})
+    assert target == "Don\u2019t \u00abpanic\u00bb"
+    assert rewards.ocr_target("says \u2018Don\u2019t go\u2019 now", {}) == "Don\u2019t go"
+
+
+def test_a_prompt_whose_quotes_do_not_pair_up_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "signs.txt"
+    path.write_text('a sign that says "ONE"\n\na 12" ruler\n', encoding="utf-8")
+    lines = rewards.load_prompts(path)
+    reader = torch.nn.Module()
+    reader.applies = lambda line: rewards.Ocr.applies(reader, line)
+    with (
+        unittest.mock.patch.dict(rewards.MODEL_REWARDS, {"ocr": lambda folder: reader}),
+        pytest.raises(rewards.UserError, match=r'signs\.txt, line 3 has quotes.*: a 12" ruler'),
+    ):
+        rewards.load_rewards("ocr", lines)

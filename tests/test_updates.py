@@ -478,53 +478,127 @@ def test_maths_soft_clip(eta):
 
 
 def naive_advantage(scores, weights, i, G, std, clamp):
-    """A of sample i, a reward at a time."""
+    """A of sample i, a reward at a time, from the values that are there."""
     first = i // G * G  # of the group of i
     A = 0.0
     for name, weight in weights.items():
         values = scores[name].tolist()
-        group = values[first : first + G]
-        pool = group if std == "group" else values
-        pool_mean = sum(pool) / len(pool)
-        variance = sum((R - pool_mean) ** 2 for R in pool) / len(pool)
-        scale = math.sqrt(variance) + 1e-4
-        A += weight * (values[i] - sum(group) / G) / scale
+        groups = [values[n : n + G] for n in range(0, len(values), G)]
+        pools = groups if std == "group" else [values]
+        deviations = [deviation(pool) for pool in pools]
+        eps = min(1e-4, max(deviations) / 100)
+        here = [R for R in values[first : first + G] if not math.isnan(R)]
+        if math.isnan(values[i]) or len({*here}) < 2:
+            continue
+        scale = deviations[i // G if std == "group" else 0] + eps
+        A += weight * (values[i] - sum(here) / len(here)) / scale
     return max(-clamp, min(clamp, A))
 
 
+def deviation(pool):
+    """The population standard deviation of the values that are there; 0 if there are none."""
+    there = [R for R in pool if not math.isnan(R)]
+    if not there:
+        return 0.0
+    mean = sum(there) / len(there)
+    return math.sqrt(sum((R - mean) ** 2 for R in there) / len(there))
+
+
 def check_group_advantages(group_advantages):
-    a = randn(12, seed=1)
-    b = 100 * randn(12, seed=2)
-    scores = {"a": a, "b": b, "log_only": randn(12, seed=3)}
-    weights = {"a": 1.0, "b": 0.5, "log_only": 0.0}
-    total = a + 0.5 * b
+    scores = {"a": randn(12, seed=1), "b": 100 * randn(12, seed=2), "log_only": randn(12, seed=3)}
+    scores["small"] = 1e-6 * randn(12, seed=4)
+    weights = {"a": 1.0, "b": 0.5, "small": 0.7, "log_only": 0.0}
+    some = {name: R.clone() for name, R in scores.items()}
+    some["a"][[0, 1, 2, 4, 5, 9]] = math.nan  # one, two and three of a group are left
+    some["b"][:4] = math.nan  # no one of a group
+    some["small"][[3, 6]] = math.nan
+    some["log_only"][:] = math.nan
     for std in ("group", "global"):
-        expected = [naive_advantage(scores, weights, i, 4, std, 1.2) for i in range(12)]
-        adv, metrics = group_advantages(scores, 4, weights, std, clamp=1.2)
-        close(adv, expected, 1e-12, f"advantages, {std} std")
-        close(metrics["reward/mean"], total.mean(), 1e-12, "reward/mean")
-        assert {"reward/a", "reward/b", "reward/log_only", "reward/std"} <= metrics.keys()
+        for given in (scores, some):
+            expected = [naive_advantage(given, weights, i, 4, std, 1.2) for i in range(12)]
+            adv, metrics = group_advantages(given, 4, weights, std, clamp=1.2)
+            close(adv, expected, 1e-12, f"advantages, {std} std")
+            for name, R in given.items():
+                there = R[~R.isnan()]
+                assert (f"reward/{name}" in metrics) == (len(there) > 0)
+                if len(there):
+                    close(metrics[f"reward/{name}"], there.mean(), 1e-12, name)
+            total = torch.stack([weights[name] * R.nan_to_num() for name, R in given.items()])
+            total = total.sum(dim=0)
+            close(metrics["reward/mean"], total.mean(), 1e-12, "reward/mean")
+            close(metrics["reward/std"], total.std(correction=0), 1e-12, "reward/std")
+            share = sum(int(R.isnan().sum()) for R in given.values()) / 48
+            close(metrics["reward/abstained"], share, 1e-6, "reward/abstained")
 
 
 def test_maths_advantages_equal_naive_loop():
-    """A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + 1e-4), clamped; a population std."""
+    """A_i = sum_r w_r (R_ri - mean_group R_r) / (std R_r + eps_r), clamped; a population std, of the
+    values that do not abstain; eps_r = min(1e-4, max std R_r / 100).
+    """
     check_group_advantages(rewards.group_advantages)
 
 
 def test_maths_equal_rewards_give_exactly_zero():
-    """R_i = R for all i of a group: A = 0, though the fp32 mean of three 0.9 is not 0.9."""
+    """R_i = R for all i of a group: A = 0, though the fp32 mean of three 0.9 is not 0.9. Also where
+    others of the group abstain, or all but one.
+    """
     scores = {"a": torch.tensor([0.9, 0.9, 0.9, 0.0, 0.5, 1.0])}
     adv, metrics = rewards.group_advantages(scores, 3, {"a": 1.0})
     assert (adv[:3] == 0).all()
     assert (adv[3:] != 0).any()
     assert metrics["advantage/zero_std_groups"] == 0.5
-    equal = {"a": torch.full((12,), 0.3)}
-    adv, _ = rewards.group_advantages(equal, 6, {"a": 1.0}, "global")
-    assert (adv == 0).all()
+    for value in (0.3, 1e-7, 0.0):
+        equal = {"a": torch.full((12,), value)}
+        adv, _ = rewards.group_advantages(equal, 6, {"a": 1.0}, "global")
+        assert (adv == 0).all()
+        equal["a"][[0, 4, 7, 8, 9, 10, 11]] = math.nan
+        for std in ("group", "global"):
+            adv, _ = rewards.group_advantages(equal, 6, {"a": 1.0}, std)
+            assert (adv == 0).all()
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("unit", [1.0, 7e-4, 1e-6, 1e-12])
+def test_maths_no_reward_loses_by_its_small_scale(std, unit):
+    """The rms of A is the same, 1, in every unit; at a std of 0.01 and more A is the papers'."""
+    options = (12, {"a": 1.0}, std, None)
+    papers, _ = rewards.group_advantages({"a": randn(96)}, *options)
+    adv, _ = rewards.group_advantages({"a": unit * randn(96)}, *options)
+    rms = adv.square().mean().sqrt()
+    assert 0.98 < rms / papers.square().mean().sqrt() < 1.0001, float(rms)
+    group = randn(96)[:12]
+    if unit == 1.0 and std == "group":
+        expected = (group - group.mean()) / (group.std(correction=0) + 1e-4)
+        close(adv[:12], expected, 1e-12, "1e-4 beside the std")
+
+
+def test_rewards_that_all_abstain_stop_the_run():
+    nothing = torch.full((6,), math.nan)
+    for scores in ({"a": nothing}, {"a": nothing, "b": nothing.clone()}):
+        with pytest.raises(rewards.UserError, match="every reward abstains"):
+            rewards.group_advantages(scores, 3, dict.fromkeys(scores, 1.0))
+    one = nothing.clone()
+    one[2] = 0.5
+    adv, metrics = rewards.group_advantages({"a": nothing, "b": one}, 3, {"a": 1.0, "b": 2.0})
+    assert (adv == 0).all() and metrics["reward/mean"] == 1.0
 
 
 @pytest.mark.parametrize(
-    "old, new", [("correction=0", "correction=1"), ("(R - R.mean", "(R + R.mean")]
+    "old, new",
+    [
+        ("correction=0", "correction=1"),
+        ("(R - mean)", "(R + mean)"),
+        ("/ share.sqrt()", "* share.sqrt()"),
+        ("/ share.sqrt()", ""),
+        ("has & differs", "differs"),
+        ("/ 100)", "/ 1000)"),
+        (".max() / 100", ".mean() / 100"),
+        ("max=1e-4", "max=1e-3"),
+        ("abstained.float().mean()", "abstained.float().sum()"),
+        ("[~abstained.all(dim=0)]", "[~abstained.any(dim=0)]"),
+        (' if std == "group" else (0, 1)', ""),
+        ("R, R.nanmean(dim=dim, keepdim=True)", "R, 0.0"),
+    ],
 )
 def test_mutations_of_group_advantages_are_caught(old, new):
     with pytest.raises(AssertionError):

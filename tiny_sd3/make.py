@@ -1,20 +1,15 @@
 """Makes the bundled model from nothing: prompts, VAE, text encoders and SD3 transformer, on a world
 of coloured shapes.
 
-    python tiny_sd3/make.py                         # everything, with the seed and settings of the
-    committed files
-    python tiny_sd3/make.py --wrong 0.3 --out /tmp/w30 --clean tiny_sd3/clean      # other caption
-    noise only
+    python tiny_sd3/make.py     # everything, with the seed and settings of the committed files
+    python tiny_sd3/make.py --wrong 0.3 --out /tmp/w30 --clean tiny_sd3/clean     # other captions
 
 The world: 64 x 64 images, one to three circles, squares or triangles in six colours on a light
-ground, and GenEval's
-task types. The transformer first learns to read and draw from true captions, then from *noisy*
-ones: every attribute
-(colour, shape, count, side) is wrong with probability `--wrong`. It ends like a web-scale model:
-clean shapes, but
-only in part what the prompt says. That is the room that reinforcement learning has. The verifier of
-this world,
-`shapes`, is in rewards.py.
+ground, and GenEval's task types. The transformer first learns to read and draw from true
+captions, then from *noisy* ones: every attribute (colour, shape, count, side) is wrong with
+probability `--wrong`. It ends like a web-scale model: clean shapes, but only in part what the
+prompt says. That is the room that reinforcement learning has. The verifier of this world,
+`shapes`, is verifier.py.
 """
 
 import argparse
