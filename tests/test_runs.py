@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, load, make, run, small_flags, spawn, untimed
+from conftest import DOCS, SMALL, load, make, run, small_flags, spawn, untimed
 from diffusers import SD3Transformer2DModel
 from processes import run_processes, start_rank
 from safetensors.torch import load_file
@@ -137,6 +137,17 @@ def test_euler_equals_the_sd3_pipeline(guidance):
     close(ours, theirs, 1e-4, f"SD3 pipeline, guidance {guidance}")
 
 
+HUB_SCHEDULER = dict(  # of FLUX.1-dev
+    base_image_seq_len=256,
+    base_shift=0.5,
+    max_image_seq_len=4096,
+    max_shift=1.15,
+    num_train_timesteps=1000,
+    shift=3.0,
+    use_dynamic_shifting=True,
+)
+
+
 def flux_pipeline(folder):
     """A tiny random FluxPipeline with the class and key layout of FLUX.1-dev (guidance-distilled,
     CLIP and T5).
@@ -164,7 +175,7 @@ def flux_pipeline(folder):
         vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2
     )
     pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**HUB_SCHEDULER),
         vae=diffusers.AutoencoderKL(
             block_out_channels=(8, 8),
             latent_channels=4,
@@ -199,7 +210,13 @@ def flux_pipeline(folder):
 FLUX_FLAGS = "--resolution 32 --max_sequence_length 8 --lora_rank 4 --lora_alpha 4".split()
 
 
-def test_euler_equals_the_flux_pipeline(tmp_path):
+@pytest.mark.parametrize("plain", [True, False])
+def test_euler_equals_the_flux_pipeline(tmp_path, plain):
+    """With the hub's scheduler, the plain pipeline's images are ours at the shift exp(mu) of their
+    resolution; with the FAQ's recipe they are ours at 3.
+    """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     path = flux_pipeline(tmp_path)
     args = vgrpo.parse_args(["--model", str(path), *FLUX_FLAGS])
     assert args.guidance_scale == 3.5 and args.clip_range == vgrpo.PRESETS["flux"]["clip_range"], (
@@ -209,10 +226,13 @@ def test_euler_equals_the_flux_pipeline(tmp_path):
     model.transformer.delete_adapters("default")
     noise = model.noise([("test", i) for i in range(2)])
     lines = [{"prompt": "a fox"}, {"prompt": "two cats"}]
+    tokens = (noise.shape[2] // 2) ** 2
+    sigmas = vgrpo.sigma_grid(4, math.exp(calculate_shift(tokens)) if plain else 3.0)
     with torch.no_grad():
-        ours = model.decode(
-            vgrpo.ode_sample(model.velocity_fn(lines), noise, vgrpo.sigma_grid(4, 3.0), "euler")
-        )
+        ours = model.decode(vgrpo.ode_sample(model.velocity_fn(lines), noise, sigmas, "euler"))
+    if not plain:
+        recipe = re.search(r"^pipe\.scheduler = .*?\n\)$", DOCS, re.M | re.S)[0]
+        exec(recipe, {"pipe": model.pipe})
     model.pipe.set_progress_bar_config(disable=True)
     theirs = model.pipe(
         ["a fox", "two cats"],
@@ -221,7 +241,6 @@ def test_euler_equals_the_flux_pipeline(tmp_path):
         width=32,
         guidance_scale=3.5,
         max_sequence_length=8,
-        sigmas=[1.0, 0.75, 0.5, 0.25],
         num_inference_steps=4,
         output_type="pt",
     ).images
@@ -443,7 +462,7 @@ def test_run_folder_metrics_and_lora_in_plain_diffusers(tmp_path, script=vgrpo):
     args = script.parse_args(["--resume", str(tmp_path)])
     model = script.load_model(args, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.trainable.values())
-    script.load_checkpoint(model, optimizer, args)
+    script.load_checkpoint(model, optimizer, 0, args)
     prompts = script.load_prompts(args.eval_prompts)[:3]
     noise = model.noise([("eval", p, 0) for p in range(3)])
     with torch.no_grad():
@@ -514,13 +533,13 @@ def test_a_kill_at_any_step_of_saving_keeps_the_checkpoint_before(tmp_path, poin
         for weight in model.trainable.values():
             weight.grad = torch.ones_like(weight)
         optimizer.step()
-        vgrpo.save_checkpoint(tmp_path, iteration, model, optimizer, args)
+        vgrpo.save_checkpoint(tmp_path, iteration, model, optimizer, 0, args)
 
     step_and_save(1)
     weights = {name: weight.detach().clone() for name, weight in model.trainable.items()}
     with unittest.mock.patch(point, side_effect=Killed), pytest.raises(Killed):
         step_and_save(2)
-    assert vgrpo.load_checkpoint(model, optimizer, args) == 1
+    assert vgrpo.load_checkpoint(model, optimizer, 0, args) == 1
     for name, weight in model.trainable.items():
         assert torch.equal(weight, weights[name])
     step_and_save(3)
@@ -835,7 +854,7 @@ def test_saving_suits_windows(tmp_path, monkeypatch, script=vgrpo):
     args = script.parse_args(["--resume", str(tmp_path)])
     model = script.load_model(args, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.trainable.values())
-    assert script.load_checkpoint(model, optimizer, args) == 1
+    assert script.load_checkpoint(model, optimizer, 0, args) == 1
     assert len(optimizer.state) == len(model.trainable)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
