@@ -426,7 +426,7 @@ def loading(name: str, source: str):
         who, flag = f"reward {name}:", f"--reward {name}@FOLDER=1"
         if name == "--model":  # of the scripts, a diffusers pipeline
             who, flag = name, "--model FOLDER"
-            reason = "it is a single file" if Path(source).is_file() else reason
+            reason = "a single file, no diffusers folder" if Path(source).is_file() else reason
         mend = f"check the network, run `hf auth login` if it is gated, or name a folder: {flag}"
         raise UserError(f"{who} {source} cannot be loaded ({reason}); {mend}.") from error
 

@@ -408,7 +408,7 @@ def test_a_single_file_or_a_part_of_a_pipeline_is_one_sentence(tmp_path):
         TINY / "vae/diffusion_pytorch_model.safetensors", tmp_path / "sd3.safetensors"
     )
     cases = {
-        str(single): r"--model .*sd3\.safetensors cannot be loaded .it is a single file.*a folder",
+        str(single): r"--model .*sd3\.safetensors cannot be loaded .a single file.*a folder",
         str(TINY / "vae"): "model_index.json",
         str(tmp_path): "model_index.json",
         str(tmp_path / "absent.safetensors"): r"absent\.safetensors",
