@@ -128,7 +128,7 @@ def test_maths_rivals_equal_naive_loops(name):
         ("nft_loss", "0.5 + 0.5 *", "0.5 - 0.5 *"),
         ("nft_loss", ".clamp(-1, 1)", ""),
         ("nft_loss", ".detach()", ""),
-        ("nft_loss", "- time_ * u", "+ time_ * u"),
+        ("nft_loss", "- s * u", "+ s * u"),
         ("nft_loss", "(adv / Z)", "adv"),
         ("awm_loss", "L_old - L)", "L - L_old)"),
         ("awm_loss", "(noise - x_0)", "(x_0 - noise)"),
@@ -248,6 +248,20 @@ def test_awm_on_policy_is_vgrpo_without_its_variance_reductions(tmp_path):
     for a, b in zip(found, expected, strict=True):
         for key in a.keys() & b.keys() - {"loss/total", "loss/policy"}:  # 0 but for rounding
             assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-8), (key, a[key], b[key])
+
+
+@pytest.mark.parametrize("method", rivals.SCRIPTS)
+def test_a_rival_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(method, tmp_path):
+    """The third iteration after a stop is that of the whole run, theta_old's weights among it."""
+    own = {"mixgrpo": "--window 2 --interval 2", "nft": "--num_pairs 2 --ema_rate 0.3", "awm": ""}
+    flags = f"{own[method]} --lr 1e-2".split()
+    stopped = tmp_path / "stopped"
+    rival_run(stopped, method, *flags)
+    whole = rival_run(tmp_path / "whole", method, *flags, "--iterations", "3")
+    again = ["--method", method, *flags, "--resume", str(stopped), "--iterations", "3"]
+    rivals.main(again)
+    lines = (stopped / "metrics.jsonl").read_text().splitlines()
+    assert untimed(map(json.loads, lines)) == whole and len(whole) == 4
 
 
 def test_nft_samples_from_the_old_policy(tmp_path):
