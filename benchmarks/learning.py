@@ -186,10 +186,10 @@ def compact(metrics: list[dict]) -> dict:
     evaluated = [line for line in metrics if "eval/shapes" in line]
     times = [[line[key] for key in line if key.startswith("time/")] for line in trained]
     return {
-        "scores": [[line["iteration"], round(line["eval/shapes"], 4)] for line in evaluated],
+        "scores": [[line["iteration"], round(line["eval/shapes"], 8)] for line in evaluated],
         "reward": [round(line["reward/mean"], 3) for line in trained],
-        "seconds": [round(sum(stages), 2) for stages in times],
-        "nfe": [round(line["nfe/sample"] + line["nfe/update"], 3) for line in trained],
+        "seconds": [round(sum(stages), 3) for stages in times],
+        "nfe": [round(line["nfe/sample"] + line["nfe/update"], 5) for line in trained],
     }
 
 
