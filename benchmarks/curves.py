@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py                    all tables, seconds
     python benchmarks/curves.py --earlier          those of the version before the rewrite
-    python benchmarks/curves.py --draw             the figures as well; --earlier works here too
+    python benchmarks/curves.py --draw             the figures of the docs too; also with --earlier
     python benchmarks/curves.py runs/ONE runs/OTHER    curves of your own runs, into runs.png
 
 Figures need `pip install -r benchmarks/requirements.txt`. learning.py makes the runs. Terms:
@@ -18,21 +18,13 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, pstdev, stdev
 
-from learning import (
-    HERE,
-    ITERATIONS,
-    LEARNING_RATES,
-    ROOT,
-    best_lr,
-    evaluations_per_iteration,
-    load,
-    parse,
-    runs,
-)
+from learning import HERE, ITERATIONS, LEARNING_RATES, ROOT, best_lr, end_of, load, parse, runs
+from learning import evaluations_per_iteration as evaluations_of
 
 LABELS = {  # method -> its name and its colour
     "vgrpo": ("V-GRPO", "tab:blue"),
@@ -172,7 +164,7 @@ def grid_table(earlier: str = "") -> None:
         cells = []
         for lr in LEARNING_RATES:
             found = runs(f"{earlier}methods", f"{method}-lr{lr}")
-            cells.append(f"{mean(s for _, s in found[0]['scores'][-2:]):.3f}" if found else "")
+            cells.append(f"{end_of(found[0]):.3f}" if found else "")
         row(label, *cells)
 
 
@@ -208,7 +200,7 @@ def ablation_table(earlier: str = "") -> None:
     two standard errors, with the pooled deviation of a seed."""
     titles = ("what", "", "seeds", "mean", "lowest to highest")
     head(f"V-GRPO's eval/shapes after {ITERATIONS} iterations", *titles)
-    squares = freedom = 0
+    groups = set()
     for panel, label, values in ablation_rows(earlier):
         if not values:
             row(panel, label, 0, "missing", "")
@@ -220,9 +212,9 @@ def ablation_table(earlier: str = "") -> None:
             f"{mean(values):.3f}",
             f"{min(values):.3f} to {max(values):.3f}",
         )
-        if label != "default":
-            squares += len(values) * pstdev(values) ** 2
-            freedom += len(values) - 1
+        groups.add(tuple(values))  # a set: the default and others stand in several panels
+    squares = sum(len(values) * pstdev(values) ** 2 for values in groups)
+    freedom = sum(len(values) - 1 for values in groups)
     deviation = (squares / max(1, freedom)) ** 0.5
     least = 2 * deviation * (1 / 3 + 1 / 5) ** 0.5
     print(f"\nOne seed's standard deviation is {deviation:.3f}.")
@@ -267,10 +259,10 @@ def splits_table(earlier: str = "") -> None:
     experiment = f"{earlier}splits"
     titles = ("configuration", "seeds", "before", "after 10", "after 20", "evaluations")
     head("Pave-GRPO's splits, targets and rollouts", *titles, "at Flow-GRPO's evaluations")
-    cost = {run["run"]: evaluations_per_iteration(parse(run["flags"])) for run in load(experiment)}
+    cost = {run["run"]: evaluations_of(parse(run["flags"])) for run in load(experiment)}
     for name in names_of(experiment):
         found = runs(experiment, name)
-        before, ten, twenty = ([run["scores"][i][1] for run in found] for i in range(3))
+        before, ten, twenty = zip(*[[score for _, score in run["scores"]] for run in found])
         reach = 2 * cost[re.sub(r"-S.*", "-S", name)] / cost[name]  # in tens of iterations, from 1
         means = mean(before), mean(ten), mean(twenty)
         equal = interpolate(means, reach)
@@ -324,14 +316,8 @@ def paired_table(earlier: str = "") -> None:
 # ----------------------------------------------------------------- the FAQ's tables, measured once
 def defaults_table() -> None:
     """What chose the defaults' prompts, and that they have no average of the weights."""
-    head(
-        "eval/shapes at the end",
-        "run",
-        "code",
-        *(f"seed {seed}" for seed in range(5)),
-        "mean",
-        "lowest",
-    )
+    titles = ("run", "code", *(f"seed {seed}" for seed in range(5)), "mean", "lowest")
+    head("eval/shapes at the end", *titles)
     rows = {}
     for run in load("defaults"):
         for key in ("scores", "average 0.8", "average 0.9"):
@@ -358,6 +344,161 @@ def print_tables(earlier: str) -> None:
         reach_table(level, earlier)
     for table in (grid_table, seeds_table, ablation_table, steps_table, splits_table, paired_table):
         table(earlier)
-    if earlier:
-        average_table()
+    average_table()
     defaults_table()
+
+
+# -------------------------------------------------------------------------------------- figures
+def draw_overview(path: Path, earlier: str) -> None:
+    """Reward against minutes: the mean over seeds of each method, the band lowest to highest."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for method, (_, found) in shown(earlier).items():
+        label, colour = LABELS[method]
+        rate = seconds_per_iteration(found) / 60
+        iterations = list(scores(found[0]))
+        values = [[scores(run)[i] for run in found] for i in iterations]
+        x, means = [i * rate for i in iterations], [mean(seeds) for seeds in values]
+        width = 2.5 if method in ("vgrpo", "pave") else 1.2  # the two that this project is about
+        name = f"{label} ({len(found)})"
+        axis.plot(x, means, color=colour, marker=".", linewidth=width, label=name)
+        low, high = [min(seeds) for seeds in values], [max(seeds) for seeds in values]
+        axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set(xlim=(0, None), ylabel="reward on unseen prompts")
+    axis.set_xlabel("minutes of training on one CPU core")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(title="method (seeds)", loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_images(path: Path, columns: int = 8) -> None:
+    """The first prompts of the evaluation, before and after both methods, from the same noise.
+    Their cells are cut from the grids that seed 0 has drawn: those of image_grid, rewards.py."""
+    from PIL import Image, ImageDraw
+
+    left, top, side = 130, 54, 132
+    canvas = Image.new("RGB", (left + columns * side, top + 4 * side), "white")
+    draw = ImageDraw.Draw(canvas)
+    prompts = (ROOT / "prompts/shapes_test.jsonl").read_text().splitlines()
+    for column, line in enumerate(prompts[:columns]):
+        text = "\n".join(textwrap.wrap(json.loads(line)["prompt"], 20))
+        draw.text((left + column * side, 2), text, "black", font_size=12)
+    y = top
+    for method in ("vgrpo", "pave"):
+        lr, found = shown("")[method]
+        files = sorted((ROOT / f"runs/methods-{method}-lr{lr}-s0/samples").glob("iter_*.png"))
+        if not files:
+            return print(f"{path.name}: not drawn, the folders of seed 0 are not there")
+        for file in (files[0], files[-1]):
+            iteration = int(file.stem[5:])
+            when = f"after {iteration}\niterations" if iteration else "before"
+            score = f"score {scores(found[0])[iteration]:.2f}"
+            title = f"{LABELS[method][0]}\n{when}\n{score}"
+            draw.text((4, y + 36), title, "black", font_size=14)
+            grid = Image.open(file)
+            for column in range(columns):
+                x_cell, y_cell = column % 6 * 136 + 4, column // 6 * 168 + 4
+                cell = grid.crop((x_cell, y_cell, x_cell + 128, y_cell + 128))
+                canvas.paste(cell, (left + column * side, y))
+            y += side
+    canvas.save(path)
+
+
+def draw(earlier: str) -> None:
+    """The figures of the docs. An incomplete one would be read as complete."""
+    draw_images(HERE / "images.png")
+    few = [LABELS[method][0] for method, (_, found) in shown(earlier).items() if len(found) < 3]
+    if few:
+        print(f"overview.png: not drawn, fewer than three seeds of {', '.join(few)}")
+    else:
+        draw_overview(HERE / "overview.png", earlier)
+
+
+# ----------------------------------------------------------------------- a user's own runs
+# panel: title, unit of the y axis, and the metrics it shows (a prefix ends with "/")
+OWN_PANELS = [
+    ("reward on training prompts", "reward", ["reward/"]),
+    ("evaluation", "reward", ["eval/"]),
+    ("ratio", "largest |ratio - 1|", ["policy/ratio_max_dev"]),
+    ("KL", "approx. KL, loss/kl", ["policy/approx_kl", "loss/kl"]),
+    ("gradient", "norm before clipping", ["optim/grad_norm"]),
+    ("time of an iteration", "seconds", ["time/sample", "time/reward", "time/update"]),
+]
+DASHES = ["-", "--", ":", "-."]
+
+
+def load_run(folder: Path) -> list[dict]:
+    """Lines of folder/metrics.jsonl; a last line that a kill cut off is left out."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if lines and not lines[-1].endswith("}"):
+            lines.pop()
+        run = [json.loads(line) for line in lines]
+        _, *_ = [line["iteration"] for line in run]  # at least one, each with its iteration
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        print(f"error: {path} holds no metrics that can be read ({error}).", file=sys.stderr)
+        sys.exit(2)
+    return run
+
+
+def series(run: list[dict], names: list[str]) -> dict[str, tuple[list, list]]:
+    """metric -> (iterations, values), of all metrics named, or that begin with a named prefix."""
+    found: dict[str, tuple[list, list]] = {}
+    for line in run:
+        for key, value in line.items():
+            prefixed = any(name.endswith("/") and key.startswith(name) for name in names)
+            if (key in names or prefixed) and key != "reward/std":
+                xs, ys = found.setdefault(key, ([], []))
+                xs.append(line["iteration"])
+                ys.append(value)
+    return found
+
+
+def draw_own(folders: list[Path], out: Path) -> None:
+    """One panel a kind of metric, one colour a run, one dash a metric of the panel."""
+    own = {str(folder): load_run(folder) for folder in folders}
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (title, unit, names) in zip(axes.flat, OWN_PANELS, strict=True):
+        dashes: dict[str, str] = {}
+        for number, run in enumerate(own.values()):
+            for key, (xs, ys) in series(run, names).items():
+                dash = dashes.setdefault(key, DASHES[len(dashes) % len(DASHES)])
+                axis.plot(xs, ys, dash, color=f"C{number}", linewidth=1.5)
+        for key, dash in dashes.items():
+            axis.plot([], [], dash, color="black", label=key)
+        axis.set_title(title)
+        axis.set_xlabel("iteration")
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3)
+        if dashes:
+            axis.legend(fontsize=8)
+    handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(own))]
+    columns = min(4, len(own))
+    figure.legend(handles, own, loc="outside lower center", ncols=columns)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    print(f"drew {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="draw these run folders, into --out")
+    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="figure of the folders")
+    parser.add_argument("--earlier", action="store_true", help="the version before the rewrite")
+    parser.add_argument("--draw", action="store_true", help="the figures of the docs as well")
+    options = parser.parse_args()
+    if options.runs:
+        return draw_own(options.runs, options.out)
+    earlier = "earlier-" if options.earlier else ""
+    print_tables(earlier)
+    if options.draw:
+        draw(earlier)
+
+
+if __name__ == "__main__":
+    main()

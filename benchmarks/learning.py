@@ -3,7 +3,7 @@
     python benchmarks/learning.py                    every run that has no result yet, one at a time
     python benchmarks/learning.py --jobs 2           two at a time, one thread each
     python benchmarks/learning.py --only "methods/vgrpo-*" "splits/*"
-    python benchmarks/learning.py --list             what is done, what is left, and its minutes
+    python benchmarks/learning.py --list             how many are done, and what is left
 
 A configuration is a name and a command line. Each of its seeds is a run, in runs/NAME-sSEED. A
 finished run becomes one line of benchmarks/results/EXPERIMENT.jsonl, and is never run again. An
@@ -27,12 +27,13 @@ import fnmatch
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from threading import Lock
 from typing import NamedTuple
 
@@ -112,12 +113,11 @@ def first_jobs() -> list[Job]:
 
 def best_jobs() -> list[Job]:
     """The other seeds of each method's best learning rate."""
-    found = [
-        method_job(method, best_lr(method), seed)
-        for seed in range(5)
-        for method in METHODS
-        if seed < SEEDS.get(method, 3) and best_lr(method)
-    ]
+    found = []
+    for seed in range(5):
+        for method in METHODS:
+            if seed < SEEDS.get(method, 3) and best_lr(method):
+                found.append(method_job(method, best_lr(method), seed))
     return found
 
 
@@ -138,11 +138,9 @@ lock = Lock()
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    path = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", path.read_text()) if path.exists() else []
+    return names[0] if names else platform.processor()
 
 
 def commit() -> str:
@@ -151,13 +149,9 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def folder_of(job: Job) -> Path:
-    return ROOT / f"runs/{job.experiment}-{job.name}-s{job.seed}"
-
-
 def attempt(job: Job, jobs: int) -> None:
     """Starts or continues a run, and keeps its line. One that fails is left for the next time."""
-    folder = folder_of(job)
+    folder = ROOT / f"runs/{job.experiment}-{job.name}-s{job.seed}"
     place = "--resume"
     if not (folder / "checkpoint/state.safetensors").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -170,14 +164,13 @@ def attempt(job: Job, jobs: int) -> None:
         return
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     entry = {"run": job.name, "seed": job.seed, "flags": job.command, "code": commit()}
-    entry |= {"cpu": processor(), "jobs": jobs, "images": images_of(job.command)}
-    keep(job.experiment, entry | compact(metrics))
+    args = parse(job.command)
+    images = args.prompts_per_iter * planned(args).images
+    entry |= {"cpu": processor(), "jobs": jobs, "images": images}
+    entry |= compact(metrics)
+    keep(job.experiment, entry)
     shutil.rmtree(folder / "checkpoint")  # weights and samples stay
-    print(f"finished: {job.name} seed {job.seed}, {entry_end(metrics):.3f}", flush=True)
-
-
-def entry_end(metrics: list[dict]) -> float:
-    return metrics[-1]["eval/shapes"]
+    print(f"finished: {job.name} seed {job.seed}, {entry['scores'][-1][1]:.3f}", flush=True)
 
 
 def compact(metrics: list[dict]) -> dict:
@@ -191,12 +184,6 @@ def compact(metrics: list[dict]) -> dict:
         "seconds": [round(sum(stages), 3) for stages in times],
         "nfe": [round(line["nfe/sample"] + line["nfe/update"], 5) for line in trained],
     }
-
-
-def images_of(command: str) -> int:
-    """Images of an iteration."""
-    args = parse(command)
-    return args.prompts_per_iter * planned(args).images
 
 
 def keep(experiment: str, entry: dict) -> None:
@@ -249,24 +236,15 @@ class Planned(NamedTuple):
     updating: float
 
 
-def scripts():
-    """Both scripts and the rivals; torch is loaded only where something needs them."""
-    sys.path.insert(0, str(ROOT))
-    import rivals
-
-    import pave_grpo
-    import vgrpo
-
-    return vgrpo, pave_grpo, rivals
-
-
 def parse(command: str):
     """The flags of a command, a Config of vgrpo.py or pave_grpo.py."""
-    vgrpo, pave_grpo, rivals = scripts()
+    sys.path.insert(0, str(ROOT))
+    import rivals  # not at the top: most of this file needs no torch
+
     script, *flags = command.split()
     if "rivals" in script:
         return rivals.parse(flags)[1]
-    return {"vgrpo.py": vgrpo, "pave_grpo.py": pave_grpo}[script].parse_args(flags)
+    return {"vgrpo.py": rivals.vgrpo, "pave_grpo.py": rivals.pave_grpo}[script].parse_args(flags)
 
 
 def planned(args) -> Planned:
@@ -292,28 +270,14 @@ def evaluations_per_iteration(args) -> float:
     return args.prompts_per_iter * sizes.images * (sizes.sampling + sizes.updating)
 
 
-def minutes_of(job: Job) -> float:
-    """Of one run: those of its other seeds, else the kept seconds a network evaluation."""
-    args = parse(job.command)
-    same = runs(job.experiment, job.name)
-    if same:
-        return args.iterations * mean(median(run["seconds"]) for run in same) / 60
-    known = [run for run in load("methods") if run["run"].startswith("vgrpo")]
-    rate = median(median(run["seconds"]) / (192 * run["nfe"][-1]) for run in known)
-    return args.iterations * evaluations_per_iteration(args) * rate / 60
-
-
 # --------------------------------------------------------------------------------------------- main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], help="patterns of EXPERIMENT/NAME-sSEED"
-    )
+    parser.add_argument("--only", nargs="+", default=["*"], help="of EXPERIMENT/NAME-sSEED")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--list", action="store_true", help="run nothing")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    left = 0.0
     for stage in STAGES:
         chosen = []
         for job in stage():
@@ -322,16 +286,12 @@ def main() -> None:
                 chosen.append(job)
         todo = [job for job in chosen if not is_done(job)]
         if options.list:
-            minutes = [minutes_of(job) for job in todo]
-            left += sum(minutes)
-            print(f"{stage.__name__}: {len(chosen) - len(todo)} of {len(chosen)} are done")
-            for job, needed in zip(todo, minutes, strict=True):
-                print(f"  {job.experiment}/{job.name}-s{job.seed}, {needed:.0f} minutes")
+            print(f"{stage.__name__}: {len(chosen) - len(todo)} of {len(chosen)} are done. Left:")
+            for job in todo:
+                print(f"  {job.experiment}/{job.name}-s{job.seed}")
             continue
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: attempt(job, options.jobs), todo))
-    if options.list:
-        print(f"left: {left / 60:.1f} hours of one core, without evaluations")
 
 
 if __name__ == "__main__":
