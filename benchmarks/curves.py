@@ -23,8 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, pstdev, stdev
 
-from learning import HERE, ITERATIONS, LEARNING_RATES, ROOT, best_lr, end_of, load, parse, runs
-from learning import evaluations_per_iteration as evaluations_of
+import learning
+from learning import HERE, ITERATIONS, LEARNING_RATES, METHODS, ROOT, load, runs
 
 LABELS = {  # method -> its name and its colour
     "vgrpo": ("V-GRPO", "tab:blue"),
@@ -34,6 +34,9 @@ LABELS = {  # method -> its name and its colour
     "flow_grpo": ("Flow-GRPO", "tab:orange"),
     "naive_elbo": ("naive ELBO", "tab:gray"),
     "pave": ("Pave-GRPO", "tab:brown"),
+    "mixgrpo_kl": ("MixGRPO, KL 0.01", ""),  # not in the grid, nor in the figure
+    "flow_grpo_kl": ("Flow-GRPO, KL 0.01", ""),
+    "pave_kl": ("Pave-GRPO, KL 0.01", ""),
 }
 PAPERS = {"mixgrpo": "2x", "nft": "3x"}  # V-GRPO's abstract: its speed-up, on large models
 PANELS = {  # question -> label -> ablation, or the default's learning rate
@@ -127,9 +130,11 @@ def costs(found: list[dict], level: float) -> tuple[list[float], int, list[float
 def shown(earlier: str) -> dict[str, tuple[str, list[dict]]]:
     """method -> its best learning rate and the runs with it, perhaps none."""
     found = {}
-    for method in LABELS:
-        lr = best_lr(method, f"{earlier}methods") or "2e-4"
-        found[method] = lr, runs(f"{earlier}methods", f"{method}-lr{lr}")
+    for method, (_, colour) in LABELS.items():
+        lr = learning.best_lr(method, f"{earlier}methods")
+        kept = runs(f"{earlier}methods", f"{method}-lr{lr}")
+        if kept or colour:
+            found[method] = lr or "2e-4", kept
     return found
 
 
@@ -159,13 +164,14 @@ def reach_table(level: float, earlier: str = "") -> None:
 
 def grid_table(earlier: str = "") -> None:
     """By which the best learning rate is chosen."""
-    head("Mean of the last two evaluations, seed 0", "method", *(f"lr {x}" for x in LEARNING_RATES))
-    for method, (label, _) in LABELS.items():
+    rates = [f"lr {lr}" for lr in LEARNING_RATES]
+    head("Mean of the last two evaluations, seed 0", "method", *rates)
+    for method in METHODS:
         cells = []
         for lr in LEARNING_RATES:
             found = runs(f"{earlier}methods", f"{method}-lr{lr}")
-            cells.append(f"{end_of(found[0]):.3f}" if found else "")
-        row(label, *cells)
+            cells.append(f"{learning.end_of(found[0]):.3f}" if found else "")
+        row(LABELS[method][0], *cells)
 
 
 def seeds_table(earlier: str = "") -> None:
@@ -259,7 +265,7 @@ def splits_table(earlier: str = "") -> None:
     experiment = f"{earlier}splits"
     titles = ("configuration", "seeds", "before", "after 10", "after 20", "evaluations")
     head("Pave-GRPO's splits, targets and rollouts", *titles, "at Flow-GRPO's evaluations")
-    cost = {run["run"]: evaluations_of(parse(run["flags"])) for run in load(experiment)}
+    cost = {run["run"]: learning.cost_of(run["flags"]) for run in load(experiment)}
     for name in names_of(experiment):
         found = runs(experiment, name)
         before, ten, twenty = zip(*[[score for _, score in run["scores"]] for run in found])
@@ -354,8 +360,9 @@ def draw_overview(path: Path, earlier: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    for method, (_, found) in shown(earlier).items():
+    for method in METHODS:
         label, colour = LABELS[method]
+        _, found = shown(earlier)[method]
         rate = seconds_per_iteration(found) / 60
         iterations = list(scores(found[0]))
         values = [[scores(run)[i] for run in found] for i in iterations]
@@ -409,7 +416,7 @@ def draw_images(path: Path, columns: int = 8) -> None:
 def draw(earlier: str) -> None:
     """The figures of the docs. An incomplete one would be read as complete."""
     draw_images(HERE / "images.png")
-    few = [LABELS[method][0] for method, (_, found) in shown(earlier).items() if len(found) < 3]
+    few = [LABELS[method][0] for method in METHODS if len(shown(earlier)[method][1]) < 3]
     if few:
         print(f"overview.png: not drawn, fewer than three seeds of {', '.join(few)}")
     else:
@@ -478,8 +485,7 @@ def draw_own(folders: list[Path], out: Path) -> None:
         if dashes:
             axis.legend(fontsize=8)
     handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(own))]
-    columns = min(4, len(own))
-    figure.legend(handles, own, loc="outside lower center", ncols=columns)
+    figure.legend(handles, own, loc="outside lower center", ncols=min(4, len(own)))
     figure.savefig(out, dpi=120)
     plt.close(figure)
     print(f"drew {out}")

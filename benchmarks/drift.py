@@ -19,25 +19,25 @@ sys.path.insert(0, str(ROOT))
 import vgrpo  # noqa: E402
 from rewards import compute_rewards, load_rewards  # noqa: E402
 
+PROMPTS, GROUP = 24, 12
+
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--group_size", type=int, default=12)
     options = parser.parse_args()
     args = vgrpo.parse_args(["--full"])
     model = vgrpo.load_model(args, torch.device("cpu"))
-    lines = vgrpo.load_prompts(args.prompts)[: options.prompts]
-    lines = [line for line in lines for _ in range(options.group_size)]
+    lines = vgrpo.load_prompts(args.prompts)[:PROMPTS]
+    lines = [line for line in lines for _ in range(GROUP)]
     sigmas = vgrpo.sigma_grid(args.steps, args.shift)
     initial, trained = model.velocity_fn(lines, initial=True), model.velocity_fn(lines)
     noise = model.noise([("drift", i) for i in range(len(lines))])
     x_0 = vgrpo.ode_sample(initial, noise, sigmas, args.solver)
     reward_fns, weights = load_rewards(args.reward)
     rewards = compute_rewards(reward_fns, model.decode(x_0), lines)
-    adv, _ = vgrpo.group_advantages(rewards, options.group_size, weights)
+    adv, _ = vgrpo.group_advantages(rewards, GROUP, weights)
     for run in options.runs:
         state = model.transformer.from_pretrained(run / "transformer").state_dict()
         model.transformer.load_state_dict(state)

@@ -17,9 +17,10 @@ without evaluations), nfe (network evaluations an image, to sample and to update
 
 Every method has the same prompts (all 456), 192 images an iteration, 10 steps and 50 iterations;
 Pave-GRPO its preset's 384 images and 80 iterations. None has an average of the weights, because
-neither default has. The forward-process methods have the default's KL to the initial model. Only
-the learning rate is searched, with seed 0. The best, by the mean of the last two evaluations, is
-shown with three seeds, V-GRPO and Pave-GRPO with five.
+neither default has. The forward-process methods have the default's KL to the initial model. The
+methods on paths have none by default, so they are run with one as well (NAME_kl). Only the learning
+rate is searched, with seed 0. The best, by the mean of the last two evaluations, is shown with
+three seeds, V-GRPO and Pave-GRPO with five.
 """
 
 import argparse
@@ -46,7 +47,6 @@ ALL_PROMPTS = "--prompts prompts/shapes_all.jsonl"
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
 METHODS = {  # name -> command; vgrpo.py's default prompts are all of them
     "vgrpo": "vgrpo.py",
-    "pave": f"pave_grpo.py {ALL_PROMPTS}",
     "nft": "benchmarks/rivals.py --method nft",
     "awm": "benchmarks/rivals.py --method awm",
     "mixgrpo": f"benchmarks/rivals.py --method mixgrpo {ALL_PROMPTS}",
@@ -55,6 +55,7 @@ METHODS = {  # name -> command; vgrpo.py's default prompts are all of them
         "--sde_steps 0 1 2 3 4 5 6 7 8 --prompts_per_iter 16 --iterations 50"
     ),
     "naive_elbo": "vgrpo.py --no_group_shared_pairs --no_stratified --weighting eps",
+    "pave": f"pave_grpo.py {ALL_PROMPTS}",
 }
 SEEDS = {"vgrpo": 5, "pave": 5}  # of the best learning rate; the others have three
 GUESS = {"naive_elbo": "4e-4"}  # the best of the version before, run first; the others' is 2e-4
@@ -104,8 +105,8 @@ def first_jobs() -> list[Job]:
     then the other learning rates."""
     guesses = {method: GUESS.get(method, "2e-4") for method in METHODS}
     ours = [method_job(method, guesses[method], 0) for method in SEEDS]
-    rows = {"T4-branch-cps-S": "", "T4-branch-cps-S2.3": " 2 3"}
-    pairs = [Job("splits", name, SPLITS + rows[name], s) for s in range(5) for name in rows]
+    rows = {"T4-branch-cps-S": "", "T4-branch-cps-S2.3": " 2 3"}.items()
+    pairs = [Job("splits", name, SPLITS + tail, s) for s in range(5) for name, tail in rows]
     likely = [method_job(method, guesses[method], s) for s in range(3) for method in METHODS]
     grid = [method_job(method, lr, 0) for lr in LEARNING_RATES for method in METHODS]
     return list(dict.fromkeys(ours + pairs + likely + grid))
@@ -130,7 +131,22 @@ def ablation_jobs() -> list[Job]:
     ]
 
 
-STAGES = (first_jobs, best_jobs, ablation_jobs)  # each may look at the results of those before
+def kl_jobs() -> list[Job]:
+    """The help that the forward-process methods have, for those on paths: Pave-GRPO's own beta."""
+    found = []
+    for job in best_jobs():
+        if job.seed < 3 and job.name.split("-lr")[0] in ("pave", "mixgrpo", "flow_grpo"):
+            name, command = job.name.replace("-lr", "_kl-lr"), f"{job.command} --ref_kl_beta 0.01"
+            found.append(job._replace(name=name, command=command))
+    return found
+
+
+STAGES = (
+    first_jobs,
+    best_jobs,
+    ablation_jobs,
+    kl_jobs,
+)  # each may look at the results of those before
 
 
 # --------------------------------------------------------------------------------------- the runner
@@ -206,8 +222,8 @@ def load(experiment: str) -> list[dict]:
 
 def runs(experiment: str, name: str) -> list[dict]:
     """The finished runs of a configuration, by seed."""
-    found = [entry for entry in load(experiment) if entry["run"] == name]
-    return sorted(found, key=lambda entry: entry["seed"])
+    found = {entry["seed"]: entry for entry in load(experiment) if entry["run"] == name}
+    return [found[seed] for seed in sorted(found)]
 
 
 def is_done(job: Job) -> bool:
@@ -264,8 +280,9 @@ def planned(args) -> Planned:
     return Planned(images, (path + ends) / images, updating / images)
 
 
-def evaluations_per_iteration(args) -> float:
+def cost_of(command: str) -> float:
     """Network evaluations of all images of an iteration, to sample and to update."""
+    args = parse(command)
     sizes = planned(args)
     return args.prompts_per_iter * sizes.images * (sizes.sampling + sizes.updating)
 

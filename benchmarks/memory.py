@@ -19,6 +19,7 @@ from pathlib import Path
 
 import real_sizes as real
 import torch
+from real_sizes import GIB
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 import pave_grpo
 import vgrpo
 
-GIB = 2**30
 CPU, META = torch.device("cpu"), torch.device("meta")
 SIZES = {"sd3": (512, 1024), "flux": (512, 720)}
 MICRO_BATCHES = (1, 2, 4, 8)  # V-GRPO: images, with 4 pairs each; Pave-GRPO: starts
@@ -269,8 +269,7 @@ def main() -> None:
                             print(line, flush=True)
                             file.write(line + "\n")
     if args.table:
-        lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-        table(lines)
+        table([json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()])
 
 
 if __name__ == "__main__":

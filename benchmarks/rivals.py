@@ -14,9 +14,8 @@ shows.
 The formulas are the papers', quoted from summaries. The PDFs were not at hand. So no equation
 numbers are given, and each docstring says what could not be checked. Notation: vgrpo.py. Budget:
 vgrpo.py's tiny preset, 16 prompts x 12 images, 10 steps, 50 iterations. One process. Checkpoints
-are the scripts' own. --resume goes on from them, with the rival's own flags given again. All draws
-have the names that they have in the two scripts, so every method starts from the same prompts and
-noise.
+are the scripts' own. --resume goes on from them, with the rival's own flags given again. Draws have
+the names that they have in the two scripts. So all methods start from the same prompts and noise.
 """
 
 import argparse
@@ -56,14 +55,6 @@ def window_steps(iteration, num_steps, width, interval, stride):
     starts = range(0, num_steps - 1 - width + 1, stride)
     start = starts[(iteration - 1) // interval % len(starts)]
     return list(range(start, start + width))
-
-
-def mixgrpo_update(model, optimizer, paths, adv, args):
-    """Flow-GRPO's gradient steps on the window: a Gaussian ratio for each of its steps.   [MixGRPO]
-    paths: lines, x_t and x_s of pave_grpo.sample: SDE inside the window, Euler's ODE outside
-    adv: (P G,), the same at all steps of a path.  Returns gradient norms and metrics."""
-    adv = adv.view(-1, 1, 1).expand(-1, len(args.sde_steps), 1)
-    return pave_grpo.update(model, optimizer, *paths, adv, args)
 
 
 # ------------------------------------------------------------------------------- DiffusionNFT, AWM
@@ -174,8 +165,7 @@ def copied(model):
 def parse(argv):
     """The rival's own flags, and those of its script. Raises UserError."""
     note = "All other flags are those of vgrpo.py (nft, awm) or pave_grpo.py (mixgrpo)."
-    summary = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(description=summary, epilog=note, allow_abbrev=False)
+    parser = argparse.ArgumentParser(epilog=note, allow_abbrev=False)
     add = parser.add_argument
     add("--method", choices=SCRIPTS, required=True)
     add("--window", type=int, default=4, help="mixgrpo: w, stochastic steps in the window")
@@ -237,7 +227,9 @@ def train(options, args, model, old, optimizer, train_lines, reward_fns, weights
         with measured("update"):
             adv, metrics = vgrpo.group_advantages(scores, args.group_size, weights, args.adv_std)
             if options.method == "mixgrpo":
-                norms, found = mixgrpo_update(model, optimizer, (lines, *stored), adv, args)
+                # Flow-GRPO's update of the window's steps; a path's advantage is that of each
+                adv = adv.view(-1, 1, 1).expand(-1, len(args.sde_steps), 1)
+                norms, found = pave_grpo.update(model, optimizer, lines, *stored, adv, args)
             else:
                 fresh = ema_keep(iteration - 1, rate, options.ema_max) == 0
                 pairs = (x_0, *stored, adv)

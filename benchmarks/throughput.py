@@ -1,18 +1,16 @@
 """Speed and memory of both scripts at the sizes of SD3.5-Medium and FLUX.1-dev, random weights.
 
     python benchmarks/throughput.py                   CUDA: the sweep; what is kept is skipped
-    python benchmarks/throughput.py --only "sd3-vgrpo-512-*" --quick
+    python benchmarks/throughput.py --only "sd3-vgrpo-512-*"
     python benchmarks/throughput.py --table           only prints the tables of the results
     python benchmarks/throughput.py --check           FLOP rule and evaluation counts, tiny models
-    python benchmarks/throughput.py --shrink --quick  the sweep on tiny models: a self-test
+    python benchmarks/throughput.py --shrink          the sweep on tiny models: a self-test
 
 Phases are functions of vgrpo.py and pave_grpo.py under their presets, on models of real_sizes.py. A
 configuration, MODEL-SCRIPT-PX-bMICRO_BATCH[-checkpointing][-compile], is one line of
 results/throughput-DEVICE.jsonl. Seconds are medians after one call to warm up.
-  sample    one batch of a rollout with all steps of the preset, at its --sample_batch;
-            --quick: 4 steps and 2 trained
+  sample    one batch of a rollout with all steps of the preset, at its --sample_batch
   update    one micro-batch of one minibatch, or of each of two where the preset has several
-  s/image   seconds / images x (network evaluations an image of the preset / those of what was run)
   TFLOP/s   useful FLOPs (real_sizes.flops) / seconds; what checkpointing computes again is not
   share     of the best bf16 matrix product, measured in the same process
 Not in the numbers: rewards, loading, the all-reduce of several GPUs.
@@ -92,21 +90,19 @@ def matmul_peak(device: torch.device, dtype=torch.bfloat16) -> float:
     return best
 
 
-def configure(c: dict, quick: bool, small: bool):
-    """The preset of a configuration, and what is run of it."""
+def configure(c: dict, small: bool):
+    """The script and the flags of a configuration."""
     script = SCRIPTS[c["script"]]
     sizes = {"model": c["model"], "micro_batch": c["micro_batch"]}
-    preset = script.Config(**script.PRESETS[c["model"]] | c["flags"] | sizes)
+    args = script.Config(**script.PRESETS[c["model"]] | c["flags"] | sizes)
     # two minibatches stand for several: theta_old is scored as in the preset
-    changes = {"num_minibatches": min(2, preset.num_minibatches)}
-    if quick:
-        changes["steps"] = 4
-    if script is pave_grpo and quick:
-        changes["sde_steps"] = [0, 2]
+    changes = {"num_minibatches": min(2, args.num_minibatches)}
     if small:
         changes |= {"resolution": 64, "max_sequence_length": 8, "lora_rank": 4}
-        changes |= {"sample_batch": 4, "group_size": 4}
-    return script, preset, replace(preset, **changes)
+        changes |= {"sample_batch": 4, "group_size": 4, "steps": 4}
+    if small and script is pave_grpo:
+        changes["sde_steps"] = [0, 2]
+    return script, replace(args, **changes)
 
 
 def methods(script, model, args, draw):
@@ -151,7 +147,7 @@ def methods(script, model, args, draw):
     return (images[0], sample), (images[1], update)
 
 
-def measure(model, script, preset, args, repeats: int, record: dict, peak: float) -> None:
+def measure(model, script, args, repeats: int, record: dict, peak: float) -> None:
     """Times the phases and fills `record`, so that an error keeps what came before it."""
     counts, draw = count_evaluations(model), vgrpo.generator_for("throughput")
     cond = model.encode([PROMPT])
@@ -159,12 +155,12 @@ def measure(model, script, preset, args, repeats: int, record: dict, peak: float
     sizes = (args.resolution, cond[0].shape[1], args.lora_rank)
     forward, backward = real.flops(kind, model.transformer.config, *sizes)
 
-    def phase(name: str, images: int, function, preset_nfe: float, nfe: float):
+    def phase(name: str, images: int, function):
         record["phase"] = name
         counts.clear()
         seconds, memory, result = timed(function, repeats)
         found = {"images": images, "s": seconds, "peak_gib": memory}
-        found["s_per_image"] = seconds / images * preset_nfe / nfe
+        found["s_per_image"] = seconds / images
         if counts:
             evaluations = {kind: n // (repeats + 1) for kind, n in counts.items()}
             useful = forward * sum(evaluations.values()) + backward * evaluations.get("backward", 0)
@@ -178,10 +174,9 @@ def measure(model, script, preset, args, repeats: int, record: dict, peak: float
         model.decode(latents)
 
     sampling, updating = methods(script, model, args, draw)
-    asked, run = planned(preset), planned(args)
-    latents = phase("sample", *sampling, asked.sampling, run.sampling)[: args.sample_batch]
-    phase("decode", len(latents), decode, 1, 1)
-    phase("update", *updating, asked.updating, run.updating)
+    latents = phase("sample", *sampling)[: args.sample_batch]
+    phase("decode", len(latents), decode)
+    phase("update", *updating)
     del record["phase"]
 
 
@@ -212,34 +207,24 @@ def configurations() -> dict[str, dict]:
     return {name: found[name] for name in presets()} | found
 
 
-def free() -> None:
-    """Gives back what the configuration before held."""
-    torch.compiler.reset()
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-
-
 def sweep(options, device: torch.device, path: Path) -> bool:
     """Adds a record for every configuration of --only that is not there yet. True if all went well:
     memory that runs out, and any other error, is recorded and the sweep goes on."""
     records, good = load(path), True
     peak = matmul_peak(device)
     base = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "matmul_tflops": peak}
-    base |= {"small": options.shrink, "quick": options.quick}
-    base |= {"repeats": options.repeats, "versions": VERSIONS}
+    base |= {"small": options.shrink, "repeats": options.repeats, "versions": VERSIONS}
     print(f"{base['device']}: {peak:.2f} TFLOP/s in the best bf16 matrix product")
     for name, c in configurations().items():
-        kept = records.get(name, {"error": "", "quick": False})
-        done = "error" not in kept and kept["quick"] <= options.quick
+        done = "error" not in records.get(name, {"error": "not there yet"})
         if done or not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
             continue
         record = {"name": name} | base
         try:
-            script, preset, args = configure(c, options.quick, options.shrink)
+            script, args = configure(c, options.shrink)
             record |= {"settings": asdict(args), "phase": "build"}
             model = real.build_model(script, args, device, options.shrink)
-            measure(model, script, preset, args, options.repeats, record, peak)
+            measure(model, script, args, options.repeats, record, peak)
         except Exception as error:  # a sweep on a lent GPU must not end with its first surprise
             text = f"{type(error).__name__}: {error}"[:300]
             no_memory = "out of memory" in text or "ALLOC_FAILED" in text
@@ -247,8 +232,10 @@ def sweep(options, device: torch.device, path: Path) -> bool:
             if not no_memory:
                 traceback.print_exc()
                 good = False
-        model = None
-        free()
+        model = None  # gives back what this configuration held
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
         append(path, record)
     return good
 
@@ -296,7 +283,7 @@ def check() -> None:
     for kind, name, _ in CASES[:2] + CASES[4:6]:
         flags = {"grad_checkpointing": False}  # torch's counter would count what it repeats
         c = {"model": kind, "script": name, "micro_batch": 4, "flags": flags}
-        script, _, args = configure(c, True, True)
+        script, args = configure(c, True)
         model = real.build_model(script, args, torch.device("cpu"), True, torch.float32)
         x, t, cond = torch.randn(1, *model.latent_shape), torch.tensor(0.5), model.encode([PROMPT])
         sizes = (args.resolution, real.context_tokens(args), args.lora_rank)
@@ -325,7 +312,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of configurations")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls; the median counts")
     parser.add_argument("--results", type=Path, help="default: results/throughput-DEVICE.jsonl")
-    for name in ("quick", "shrink", "table", "check"):
+    for name in ("shrink", "table", "check"):
         parser.add_argument(f"--{name}", action="store_true")
     options, folder = parser.parse_args(), ROOT / "benchmarks/results"
     if options.check:
@@ -335,8 +322,8 @@ def main() -> None:
         return table({name: found for path in paths for name, found in load(path).items()})
     device = torch.device("cuda" if CUDA else "cpu")
     slug = torch.cuda.get_device_name().replace(" ", "_") if CUDA else "cpu"
-    usual = folder / f"throughput-{slug}.jsonl"
-    path = options.results or (ROOT / "runs/throughput-shrink.jsonl" if options.shrink else usual)
+    usual = (ROOT / "runs" if options.shrink else folder) / f"throughput-{slug}.jsonl"
+    path = options.results or usual
     path.parent.mkdir(exist_ok=True)
     if not (CUDA or options.shrink):
         parser.error("the sweep needs a CUDA device; --shrink runs it on tiny models.")

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import vgrpo  # noqa: E402
 
 KEPT = ROOT / "benchmarks/results/variance.jsonl"
+SIZES = {"prompts": 8, "group_size": 12, "num_pairs": 4, "draws": 32}  # P, G, N, R
 FIGURES = ("over draws", "within groups", "real in groups", "noise in diff")
 CONFIGURATIONS = {  # group-shared, stratified, weighting
     "none of the three (eps)": (False, False, "eps"),
@@ -60,26 +61,25 @@ def figures(L: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure() -> list[dict]:
     """One line a configuration."""
-    flags = ["--prompts", "prompts/shapes_train.jsonl", "--num_pairs", str(options.num_pairs)]
-    args = vgrpo.parse_args(flags)
+    P, G, N, R = SIZES.values()
+    args = vgrpo.parse_args(["--prompts", "prompts/shapes_train.jsonl"])
     model = vgrpo.load_model(args, torch.device("cpu"))
-    P, G = options.prompts, options.group_size
     lines = [line for line in vgrpo.load_prompts(args.prompts)[:P] for _ in range(G)]
     velocity_fn, sigmas = model.velocity_fn(lines), vgrpo.sigma_grid(args.steps, args.shift)
     noise = model.noise([("variance", i) for i in range(P * G)])
     x_0 = vgrpo.ode_sample(velocity_fn, noise, sigmas, args.solver)
-    sizes = (args.num_pairs, P, G, model.latent_shape)
+    sizes = (N, P, G, model.latent_shape)
     found = []
     for name, (shared, stratified, weighting) in CONFIGURATIONS.items():
-        L = torch.empty(options.draws, P, G)
-        for r in range(options.draws):
+        L = torch.empty(R, P, G)
+        for r in range(R):
             draw = vgrpo.generator_for("variance pairs", r)
             pairs = vgrpo.draw_pairs(sigmas, *sizes, draw, stratified, shared)
             L[r] = vgrpo.surrogate(velocity_fn, x_0, *pairs, weighting)[0].view(P, G)
         values = dict(zip(FIGURES, figures(L), strict=True))
-        found.append({"run": name} | vars(options) | values)
+        found.append({"run": name} | SIZES | values)
     return found
 
 
@@ -91,14 +91,9 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group_size", type=int, default=12)
-    parser.add_argument("--num_pairs", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=32, help="R")
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    options = parser.parse_args()
-    if not options.__dict__.pop("table"):
-        KEPT.write_text("".join(json.dumps(line) + "\n" for line in measure(options)))
+    if not parser.parse_args().table:
+        KEPT.write_text("".join(json.dumps(line) + "\n" for line in measure()))
     table()
 
 
