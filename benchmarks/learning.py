@@ -5,15 +5,16 @@
     python benchmarks/learning.py --only "methods/vgrpo-*" "splits/*"
     python benchmarks/learning.py --list             how many are done, and what is left
 
-A configuration is a name and a command line. Each of its seeds is a run, in runs/NAME-sSEED. A
-finished run becomes one line of benchmarks/results/EXPERIMENT.jsonl, and is never run again. An
-interrupted one goes on from its checkpoint. So stop this script and start it again as you like, but
-not two of them at once. `python benchmarks/curves.py` prints and draws what there is.
+A configuration is a name and a command line. Each of its seeds is a run, in
+runs/EXPERIMENT-NAME-sSEED. A finished run becomes one line of results/EXPERIMENT.jsonl, and is not
+run again. An interrupted one goes on from its checkpoint. So stop this script and start it again as
+you like, but never two at once. Ctrl-C, or a kill of its process group, stops its runs as well.
+`python benchmarks/curves.py` prints and draws what there is.
 
-A line holds: run, seed, flags (the whole command), code (the commit), cpu, jobs (runs at a time);
-images (of an iteration); scores, [iteration, eval/shapes] of each evaluation; and, a number an
-iteration: reward (the mean of the training images), seconds (sampling, scoring and updating,
-without evaluations), nfe (network evaluations an image, to sample and to update).
+A line holds: run, seed, flags (the whole command), code (the commit it began with), cpu, jobs (runs
+at a time), images (of an iteration); scores, [iteration, eval/shapes] of each evaluation; and, a
+number an iteration: reward (the mean of the training images), seconds (sampling, scoring and
+updating, without evaluations), nfe (network evaluations an image, to sample and to update).
 
 Every method has the same prompts (all 456), 192 images an iteration, 10 steps and 50 iterations;
 Pave-GRPO its preset's 384 images and 80 iterations. None has an average of the weights, because
@@ -141,16 +142,12 @@ def kl_jobs() -> list[Job]:
     return found
 
 
-STAGES = (
-    first_jobs,
-    best_jobs,
-    ablation_jobs,
-    kl_jobs,
-)  # each may look at the results of those before
+# each may look at the results of those before
+STAGES = (first_jobs, best_jobs, ablation_jobs, kl_jobs)
 
 
 # --------------------------------------------------------------------------------------- the runner
-lock = Lock()
+lock = Lock()  # runs end in threads of their own, and add to the same files
 
 
 def processor() -> str:
@@ -174,16 +171,16 @@ def attempt(job: Job, jobs: int) -> None:
         place = "--run_dir"
     words = [sys.executable, *job.command.split(), "--seed", str(job.seed), place, str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = commit()
     done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     if done.returncode:
         print(f"failed: {job.name} seed {job.seed}, exit code {done.returncode}", flush=True)
         return
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    entry = {"run": job.name, "seed": job.seed, "flags": job.command, "code": commit()}
+    entry = {"run": job.name, "seed": job.seed, "flags": job.command, "code": code}
     args = parse(job.command)
     images = args.prompts_per_iter * planned(args).images
-    entry |= {"cpu": processor(), "jobs": jobs, "images": images}
-    entry |= compact(metrics)
+    entry |= {"cpu": processor(), "jobs": jobs, "images": images} | compact(metrics)
     keep(job.experiment, entry)
     shutil.rmtree(folder / "checkpoint")  # weights and samples stay
     print(f"finished: {job.name} seed {job.seed}, {entry['scores'][-1][1]:.3f}", flush=True)
