@@ -15,6 +15,7 @@ seconds     iterations x the seconds of an iteration: the median over a run's it
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -498,6 +499,8 @@ def main() -> None:
     parser.add_argument("--earlier", action="store_true", help="the version before the rewrite")
     parser.add_argument("--draw", action="store_true", help="the figures of the docs as well")
     options = parser.parse_args()
+    if (options.runs or options.draw) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("figures need `pip install -r benchmarks/requirements.txt`.")
     if options.runs:
         return draw_own(options.runs, options.out)
     earlier = "earlier-" if options.earlier else ""
