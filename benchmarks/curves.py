@@ -1,279 +1,109 @@
-"""V-GRPO beside its rivals on the bundled model: learning curves, time to a reward, ablations.
+"""Every table and figure of the learning experiments, from the runs that benchmarks/results holds.
 
-    python benchmarks/curves.py runs/ONE runs/OTHER    # curves of your own runs, into runs.png
-    python benchmarks/curves.py --reduced          # six methods, one seed, 24 iterations, then
-    draws
-    python benchmarks/curves.py --full             # learning-rate grid, three seeds of each best,
-    ablations, then draws
-    python benchmarks/curves.py --full --ablation_seeds 0 1 2      # the same, with three seeds of
-    each ablation
-    python benchmarks/curves.py                    # only draws and prints what benchmarks/results
-    holds
-    python benchmarks/curves.py --estimate         # what --reduced and --full will take, and what
-    of it is still to do
-    python benchmarks/curves.py --measure          # three iterations of each method, one at a time,
-    for the estimate, and of each number of gradient steps, for their table
+    python benchmarks/curves.py                    all tables, seconds
+    python benchmarks/curves.py --earlier          those of the version before the rewrite
+    python benchmarks/curves.py --draw             the figures of the docs too; also with --earlier
+    python benchmarks/curves.py runs/ONE runs/OTHER    curves of your own runs, into runs.png
 
---jobs runs at a time, one thread each; finished runs are kept, others start again. Raw metrics:
-benchmarks/results/NAME-sSEED.jsonl. Figures need `pip install -r benchmarks/requirements.txt`.
-
-Method: all get 192 images an iteration (pave: 384, its preset), 10 steps, 50 iterations (pave: 80),
-the same prompts
-and noise for each seed, and the same grid of learning rates with seed 0. The best, by the mean of
-the last two
-evaluations, is run with seeds 1 and 2 and shown with all three, so seed 0 is seen twice: it chose
-and it counts.
-Only the learning rate is searched: all else is the preset, or the rival's default in rivals.py.
+Figures need `pip install -r benchmarks/requirements.txt`. learning.py makes the runs. Terms:
 reached     where the line between two evaluations first meets the reward (evaluations: every tenth
-iteration); a seed
-            that never does counts with its whole run, and the mean is marked as a lower bound, ">"
-evaluations network evaluations, of all images; a forward pass with its backward pass counts once
-seconds     iterations x the seconds of an iteration (sample + reward + update, no evaluation): the
-median over a run's
-            iterations, of the seed with the smallest, because other work on the machine can only
-            add to it
+            iteration). A seed that never does counts with its whole run, and the mean is marked
+            as a lower bound, ">"
+evaluations network evaluations of all images; a forward pass with its backward pass counts once
+seconds     iterations x the seconds of an iteration: the median over a run's iterations, of the
+            seed with the smallest, because other work on the machine can only add to it
 """
 
 import argparse
 import importlib.util
-import io
 import json
-import subprocess
+import re
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import textwrap
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import mean, median, pstdev, stdev
 
-import own_runs
-from pave import configurations as pave_configurations
-from PIL import Image, ImageDraw
-from seeds import HERE, train
+import learning
+from learning import HERE, ITERATIONS, LEARNING_RATES, METHODS, ROOT, load, runs
 
-sys.path.insert(0, str(HERE.parent))
-from planned import evaluations_per_iteration
-
-import pave_grpo
-import vgrpo
-
-PRESET, GRID, SEEDS = "2e-4", ("1e-4", "2e-4", "4e-4"), (0, 1, 2)
-FLOW_GRPO = (  # every step but the last is stochastic and trained, as in its paper
-    "pave_grpo.py --rollout sde --splits --transition flow --eta 0.7 --sde_steps 0 1 2 3 4 5 6 7 8 "
-    "--prompts_per_iter 16 --iterations 50"
-)
-METHODS = {  # name, command, colour
-    "vgrpo": ("V-GRPO", "vgrpo.py", "tab:blue"),
-    "nft": ("DiffusionNFT", "benchmarks/rivals.py --method nft", "tab:red"),
-    "awm": ("AWM", "benchmarks/rivals.py --method awm", "tab:purple"),
-    "mixgrpo": ("MixGRPO", "benchmarks/rivals.py --method mixgrpo", "tab:green"),
-    "flow_grpo": ("Flow-GRPO", FLOW_GRPO, "tab:orange"),
-    "naive_elbo": (
-        "naive ELBO",
-        "vgrpo.py --no_group_shared_pairs --no_stratified --weighting eps",
-        "tab:gray",
-    ),
+LABELS = {  # method -> its name and its colour
+    "vgrpo": ("V-GRPO", "tab:blue"),
+    "nft": ("DiffusionNFT", "tab:red"),
+    "awm": ("AWM", "tab:purple"),
+    "mixgrpo": ("MixGRPO", "tab:green"),
+    "flow_grpo": ("Flow-GRPO", "tab:orange"),
+    "naive_elbo": ("naive ELBO", "tab:gray"),
+    "pave": ("Pave-GRPO", "tab:brown"),
+    "mixgrpo_kl": ("MixGRPO, KL 0.01", ""),  # not in the grid, nor in the figure
+    "flow_grpo_kl": ("Flow-GRPO, KL 0.01", ""),
+    "pave_kl": ("Pave-GRPO, KL 0.01", ""),
 }
-OTHERS = {
-    "pave": ("Pave-GRPO", "pave_grpo.py", "tab:brown")
-}  # with its preset's 80 iterations and learning rate
-PAPERS = {
-    "mixgrpo": "2x",
-    "nft": "3x",
-}  # V-GRPO's abstract: its speedup over them, on FLUX.1-dev and SD3.5-M
-AT = 30  # iterations of an ablation
-V = f"vgrpo.py --iterations {AT} "
-ABLATIONS = {  # panel -> label -> (name of the results, command)
+PAPERS = {"mixgrpo": "2x", "nft": "3x"}  # V-GRPO's abstract: its speed-up, on large models
+PANELS = {  # question -> label -> ablation, or the default's learning rate
     "variance reductions": {
-        "all three": ("default", ""),
-        "no group-shared pairs": ("abl-no_shared", V + "--no_group_shared_pairs"),
-        "no stratified t": ("abl-no_stratified", V + "--no_stratified"),
-        "no adaptive weighting (x)": ("abl-x", V + "--weighting x"),
-        "none, eps (naive ELBO)": ("naive_elbo", ""),
+        "all three": "default",
+        "no group-shared pairs": "no_shared",
+        "no stratified t": "no_stratified",
+        "no adaptive weighting (x)": "x",
+        "none, eps (naive ELBO)": "none",
     },
-    "pairs N": {
-        "1": ("abl-N1", V + "--num_pairs 1"),
-        "2": ("abl-N2", V + "--num_pairs 2"),
-        "4": ("default", ""),
-        "8": ("abl-N8", V + "--num_pairs 8"),
-    },
-    "weighting": {
-        "adaptive": ("default", ""),
-        "x": ("abl-x", V + "--weighting x"),
-        "v": ("abl-v", V + "--weighting v"),
-        "eps": ("abl-eps", V + "--weighting eps"),
-    },
-    "updates per iteration": {
-        "1": ("default", ""),
-        "2": ("abl-updates2", V + "--num_minibatches 2"),
-        "4": ("abl-updates4", V + "--num_minibatches 4"),
-    },
+    "pairs N": {"1": "N1", "2": "N2", "4": "default", "8": "N8"},
+    "weighting": {"adaptive": "default", "x": "x", "v": "v", "eps": "eps"},
     "step controls": {
-        "soft clip 3, KL to initial model 0.1": ("default", ""),
-        "no KL to initial model": (
-            "no_ref_kl",
-            "vgrpo.py --ref_kl_beta 0",
-        ),  # seeds.py's run, so its 50 iterations
-        "hard clamp 5 for the soft clip": ("abl-hard", V + "--soft_clip 0"),
-        "4 updates": ("abl-updates4", V + "--num_minibatches 4"),
-        "4 updates, ratio clip 0.01": (
-            "abl-updates4_clip",
-            V + "--num_minibatches 4 --clip_range 1e-2",
-        ),
-        "4 updates, hard clamp 5 for the soft clip": (
-            "abl-updates4_hard",
-            V + "--num_minibatches 4 --soft_clip 0",
-        ),
-        "4 updates, KL to behaviour 0.3": (
-            "abl-updates4_kl",
-            V + "--num_minibatches 4 --kl_beta 0.3",
-        ),
-        "8 updates": ("abl-updates8", V + "--num_minibatches 8"),
-        "8 updates, ratio clip 0.01": (
-            "abl-updates8_clip",
-            V + "--num_minibatches 8 --clip_range 1e-2",
-        ),
+        "soft clip 3, KL to initial model 0.1": "default",
+        "no KL to initial model": "no_ref_kl",
+        "hard clamp 5 for the soft clip": "hard",
+    },
+    "gradient steps an iteration": {
+        "1": "default",
+        "2": "steps2",
+        "4": "steps4",
+        "4, ratio clip 0.01": "steps4_clip",
+        "4, hard clamp 5 for the soft clip": "steps4_hard",
+        "4, KL to behaviour 0.3": "steps4_kl",
+        "8": "steps8",
+        "8, ratio clip 0.01": "steps8_clip",
     },
 }
-SEVERAL_STEPS = {  # name of the results -> (label, command); one step an iteration first
-    name: (label.replace(" updates", ""), command)
-    for panel in ("updates per iteration", "step controls")
-    for label, (name, command) in ABLATIONS[panel].items()
-    if "updates" in name or (name, label) == ("default", "1")
-}
-PAVE_ABLATIONS = {  # panel -> label -> name in pave.py; 20 iterations of 192 images
-    "splits S (branches, CPS, T = 10)": {
-        "none": "T10-branch-cps-S",
-        "{2}": "T10-branch-cps-S2",
-        "{2, 3}": "T10-branch-cps-S2.3",
-        "{2, 3, 4}": "T10-branch-cps-S2.3.4",
-    },
-    "rollout and step (S = {2, 3}, T = 4)": {
-        "branches, CPS": "T4-branch-cps-S2.3",
-        "branches, Flow-SDE": "T4-branch-flow-S2.3",
-        "SDE paths, CPS": "T4-sde-cps-S2.3",
-        "SDE paths, Flow-SDE": "T4-sde-flow-S2.3",
-    },
-    "target (SDE paths, Flow-SDE, T = 4)": {
-        "no splits: Flow-GRPO": "T4-sde-flow-S",
-        "{2, 3}, stored": "T4-sde-flow-S2.3",
-        "{2, 3}, coupled": "T4-sde-flow-S2.3-coupled",
-    },
-}
+# 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 
 
-@dataclass
-class Job:
-    name: str  # of the results
-    command: str
-    seed: int
-    iterations: int
+def row(*cells) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def run_name(method: str, lr: str) -> str:
-    """Of the results; at the preset's learning rate two are also runs of seeds.py, with its names."""
-    ours = {"vgrpo": "default", "naive_elbo": "naive_elbo"}
-    return ours[method] if lr == PRESET and method in ours else f"{method}-lr{lr}"
+def head(title: str, *cells) -> None:
+    print(f"\n{title}\n")
+    row(*cells)
+    print("|" + "---|" * len(cells))
 
 
-def grid_jobs() -> list[Job]:
-    return [
-        Job(run_name(m, lr), f"{METHODS[m][1]} --lr {lr}", 0, 50) for m in METHODS for lr in GRID
-    ]
+# ------------------------------------------------------------------------------ reading one run
+def scores(run: dict) -> dict[int, float]:
+    """iteration -> eval/shapes."""
+    return dict(run["scores"])
 
 
-def best_jobs() -> list[Job]:
-    """Further seeds of each method's best learning rate; of the preset's where the grid has not
-    been run.
-    """
-    best = {method: best_lr(method) or PRESET for method in METHODS}
-    return [
-        Job(run_name(m, lr), f"{METHODS[m][1]} --lr {lr}", s, 50)
-        for m, lr in best.items()
-        for s in SEEDS[1:]
-    ]
+def seconds_per_iteration(found: list[dict]) -> float:
+    return min(median(run["seconds"]) for run in found)
 
 
-def other_jobs() -> list[Job]:
-    return [Job(name, command, s, 80) for name, (_, command, _) in OTHERS.items() for s in SEEDS]
-
-
-def ablation_jobs(seeds: list[int]) -> list[Job]:
-    rows = {
-        name: command for panel in ABLATIONS.values() for name, command in panel.values() if command
-    }
-    lengths = {
-        name: vgrpo.parse_args(command.split()[1:]).iterations for name, command in rows.items()
-    }
-    jobs = [Job(name, command, s, lengths[name]) for s in seeds for name, command in rows.items()]
-    commands = pave_configurations()
-    names = dict.fromkeys(name for panel in PAVE_ABLATIONS.values() for name in panel.values())
-    return jobs + [Job(f"pave-{name}", commands[name], s, 20) for s in seeds for name in names]
-
-
-def reduced_jobs() -> list[Job]:
-    jobs = [
-        Job(f"reduced-{name}", f"{command} --iterations 24", 0, 24)
-        for name, (_, command, _) in METHODS.items()
-    ]
-    return sorted(jobs, key=lambda job: job.name != "reduced-flow_grpo")  # the longest first
-
-
-def measure_jobs() -> list[Job]:
-    commands = {name: command for name, (_, command, _) in (METHODS | OTHERS).items()}
-    commands |= {name: command or "vgrpo.py" for name, (_, command) in SEVERAL_STEPS.items()}
-    return [
-        Job(f"measure-{name}", f"{command} --iterations 3 --eval_samples 1", 0, 3)
-        for name, command in commands.items()
-    ]
-
-
-def attempt(job: Job) -> None:
-    try:
-        train(job.name, job.command, job.seed)
-    except (
-        subprocess.CalledProcessError
-    ) as error:  # a run that diverges ends itself; the others go on
-        print(f"failed: {job.name} seed {job.seed}, exit code {error.returncode}", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# ----------- results
-def load(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def runs(name: str) -> list[list[dict]]:
-    """The finished runs of a configuration, one list of metrics a seed."""
-    return [load(path) for path in sorted((HERE / "results").glob(f"{name}-s[0-9].jsonl"))]
-
-
-def scores(run: list[dict]) -> dict[int, float]:
-    return {line["iteration"]: line["eval/shapes"] for line in run if "eval/shapes" in line}
-
-
-def seconds_per_iteration(found: list[list[dict]]) -> float:
-    spent = [
-        [sum(v for k, v in line.items() if k.startswith("time/")) for line in run[1:]]
-        for run in found
-    ]
-    return min(map(median, spent))
-
-
-def evaluations(run: list[dict], images: int) -> list[float]:
+def evaluations(run: dict) -> list[float]:
     """Network evaluations up to the end of each iteration, from 0."""
     total = [0.0]
-    for line in run[1:]:
-        total.append(total[-1] + images * (line["nfe/sample"] + line["nfe/update"]))
+    for each in run["nfe"]:
+        total.append(total[-1] + run["images"] * each)
     return total
 
 
 def reached(points: dict[int, float], level: float) -> float | None:
     """Iteration at which the line through the evaluations first meets the level; None: never."""
-    pairs = list(points.items())
-    if pairs[0][1] >= level:
-        return float(pairs[0][0])
-    for (i, a), (j, b) in zip(pairs[:-1], pairs[1:], strict=True):
+    start, score = next(iter(points.items()))
+    if score >= level:
+        return float(start)
+    for (i, a), (j, b) in pairwise(points.items()):
         if b >= level:
             return i + (j - i) * (level - a) / (b - a)
     return None
@@ -285,443 +115,398 @@ def interpolate(values: list[float], i: float) -> float:
     return values[low] + (i - low) * (values[low + 1] - values[low])
 
 
-def final(run: list[dict]) -> float:
-    return mean([*scores(run).values()][-2:])
-
-
-def best_lr(method: str) -> str | None:
-    """Of the learning rates whose seed 0 is there, the one with the best end; None if none is."""
-    paths = {lr: HERE / f"results/{run_name(method, lr)}-s0.jsonl" for lr in GRID}
-    ends = {lr: final(load(path)) for lr, path in paths.items() if path.exists()}
-    return max(ends, key=lambda lr: ends[lr]) if ends else None
-
-
-def shown(reduced: bool) -> Iterator[tuple[str, str, list[list[dict]], int]]:
-    """method, name of its results, runs (perhaps none), images an iteration; of each line in the
-    figures.
-    """
-    for method in METHODS:
-        name = f"reduced-{method}" if reduced else run_name(method, best_lr(method) or PRESET)
-        yield method, name, runs(name), 192
-    for name in () if reduced else OTHERS:
-        yield name, name, runs(name), 384 if name == "pave" else 192
-
-
-# --------------------------------------------------------------------------------------------------
-# ----------- tables
-def grid_table() -> None:
-    print("\nMean of the last two evaluations, seed 0\n")
-    print(f"| method | lr {' | lr '.join(GRID)} |\n|---{'|---' * len(GRID)}|")
-    for method, (label, _, _) in METHODS.items():
-        paths = [HERE / f"results/{run_name(method, lr)}-s0.jsonl" for lr in GRID]
-        cells = [f"{final(load(path)):.3f}" if path.exists() else "missing" for path in paths]
-        print(f"| {label} | {' | '.join(cells)} |")
-
-
-def costs(
-    found: list[list[dict]], images: int, level: float
-) -> tuple[list[float], int, list[float]]:
+def costs(found: list[dict], level: float) -> tuple[list[float], int, list[float]]:
     """Iterations to the level of each seed (of one that never reaches it: all), how many reach it,
-    and the means over
-    seeds of iterations, network evaluations and seconds."""
+    and the means over seeds of iterations, network evaluations and seconds."""
     at = [reached(scores(run), level) for run in found]
-    spent = [
-        float(run[-1]["iteration"]) if i is None else i for run, i in zip(found, at, strict=True)
-    ]
-    counts = [interpolate(evaluations(run, images), i) for run, i in zip(found, spent, strict=True)]
+    spent = []
+    for run, iteration in zip(found, at, strict=True):
+        spent.append(float(run["scores"][-1][0]) if iteration is None else iteration)
+    counts = [interpolate(evaluations(run), i) for run, i in zip(found, spent, strict=True)]
     means = [mean(spent), mean(counts), mean(spent) * seconds_per_iteration(found)]
     return spent, sum(i is not None for i in at), means
 
 
-def reach_table(level: float, reduced: bool) -> None:
+# -------------------------------------------------------------------------------------- methods
+def shown(earlier: str) -> dict[str, tuple[str, list[dict]]]:
+    """method -> its best learning rate and the runs with it, perhaps none."""
+    found = {}
+    for method, (_, colour) in LABELS.items():
+        lr = learning.best_lr(method, f"{earlier}methods")
+        kept = runs(f"{earlier}methods", f"{method}-lr{lr}")
+        if kept or colour:
+            found[method] = lr or "2e-4", kept
+    return found
+
+
+def reach_table(level: float, earlier: str = "") -> None:
     """Iterations, evaluations and seconds to the level, means over the seeds (lowest to highest),
-    and over V-GRPO's.
-    """
-    print(f"\nTo reach eval/shapes {level}\n")
-    print(
-        "| method | lr | end | seeds that reach it | iterations | evaluations | seconds | times V-GRPO's | paper |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    and over V-GRPO's."""
+    titles = ("method", "lr", "end", "seeds that reach it", "iterations", "evaluations", "seconds")
+    head(f"To reach eval/shapes {level}", *titles, "times V-GRPO's", "paper")
     base = None
-    for method, name, found, images in shown(reduced):
-        label, lr = (METHODS | OTHERS)[method][0], name.partition("-lr")[2] or PRESET
+    for method, (lr, found) in shown(earlier).items():
+        label, _ = LABELS[method]
         if not found:
-            print(f"| {label} | {lr} | missing | | | | | | {PAPERS.get(method, '')} |")
+            row(label, lr, "missing", "", "", "", "", "", PAPERS.get(method, ""))
             continue
-        ends = [[*scores(run).values()][-1] for run in found]
-        spent, number, means = costs(found, images, level)
-        base = means if method == "vgrpo" else base
+        spent, number, means = costs(found, level)
+        base = base or means
         sign = "" if number == len(found) else "> "
         cells = [f"{sign}{value:,.0f}" for value in means]
-        cells[0] += f" ({min(spent):.0f} to {max(spent):.0f})" * (number == len(found) > 1)
-        ratios = [
-            f"{sign}{value / one:.1f}" for value, one in zip(means, base or means, strict=True)
-        ]
+        if number == len(found) > 1:
+            cells[0] += f" ({min(spent):.0f} to {max(spent):.0f})"
+        ratios = [f"{sign}{value / one:.1f}" for value, one in zip(means, base, strict=True)]
+        ends = [run["scores"][-1][1] for run in found]
         end = f"{mean(ends):.3f} ± {pstdev(ends):.3f}"
-        row = [
-            label,
-            lr,
-            end,
-            f"{number} of {len(found)}",
-            *cells,
-            " / ".join(ratios),
-            PAPERS.get(method, ""),
-        ]
-        print("| " + " | ".join(map(str, row)) + " |")
+        reach = f"{number} of {len(found)}"
+        row(label, lr, end, reach, *cells, " / ".join(ratios), PAPERS.get(method, ""))
 
 
-def ablation_rows() -> list[tuple[str, str, list[float]]]:
-    """panel, label, scores of all seeds: V-GRPO's at iteration AT, Pave-GRPO's at 20."""
-    rows = [
-        (f"V-GRPO: {p}", label, AT, name)
-        for p, panel in ABLATIONS.items()
-        for label, (name, _) in panel.items()
-    ] + [
-        (f"Pave-GRPO: {p}", label, 20, f"pave-{name}")
-        for p, panel in PAVE_ABLATIONS.items()
-        for label, name in panel.items()
-    ]
-    return [
-        (p, label, [scores(run)[at] for run in runs(name) if at in scores(run)])
-        for p, label, at, name in rows
-    ]
+def grid_table(earlier: str = "") -> None:
+    """By which the best learning rate is chosen."""
+    rates = [f"lr {lr}" for lr in LEARNING_RATES]
+    head("Mean of the last two evaluations, seed 0", "method", *rates)
+    for method in METHODS:
+        cells = []
+        for lr in LEARNING_RATES:
+            found = runs(f"{earlier}methods", f"{method}-lr{lr}")
+            cells.append(f"{learning.end_of(found[0]):.3f}" if found else "")
+        row(LABELS[method][0], *cells)
 
 
-def steps_table(levels: list[float]) -> None:
-    """What several gradient steps on the same rollouts cost to each level, in the first AT
-    iterations of every seed; as in reach_table, but evaluations and seconds are --measure's.
-    """
-    print(f"\nSeveral gradient steps an iteration, {AT} iterations\n")
-    head = ["updates", "seeds", "end", "evaluations an image", "s an iteration"]
-    head += [
-        f"{level} after {unit}" for level in levels for unit in ("iterations", "evaluations", "s")
-    ]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
-    for name, (label, _) in SEVERAL_STEPS.items():
-        found, timed = [run[: AT + 1] for run in runs(name)], runs(f"measure-{name}")
-        if not (found and timed):
-            print(f"| {label} | missing |")
-            continue
-        each = sum(timed[0][1][f"nfe/{part}"] for part in ("sample", "update"))
-        seconds = seconds_per_iteration(timed)
-        row = [label, len(found), f"{mean(scores(run)[AT] for run in found):.3f}", f"{each:.0f}"]
-        row.append(f"{seconds:.1f}")
-        for level in levels:
-            spent, number, _ = costs(found, 192, level)
-            sign = "" if number == len(found) else "> "
-            iterations = mean(spent)
-            values = (iterations, iterations * 192 * each, iterations * seconds)
-            row += [f"{sign}{value:,.0f}" for value in values]
-        print("| " + " | ".join(map(str, row)) + " |")
+def seeds_table(earlier: str = "") -> None:
+    """Each run of each method's best learning rate."""
+    head("Seeds", "method", "lr", "seed", "before", "best", "end")
+    for method, (lr, found) in shown(earlier).items():
+        for run in found:
+            values = [score for _, score in run["scores"]]
+            cells = [f"{value:.3f}" for value in (values[0], max(values), values[-1])]
+            row(LABELS[method][0], lr, run["seed"], *cells)
 
 
-def ablation_start(panel: str) -> float:
-    """The score before training, by the evaluation of the panel's method."""
-    name = "default" if panel.startswith("V-GRPO") else "pave-T10-branch-cps-S"
-    return scores(runs(name)[0])[0]
+# ------------------------------------------------------------------------------------ ablations
+def ablated(name: str, earlier: str) -> list[dict]:
+    if name == "default":
+        return runs(f"{earlier}methods", "vgrpo-lr2e-4")
+    return runs(f"{earlier}ablations", name)
 
 
-def seed_deviation(method: str) -> float:
-    """Standard deviation of one seed's score, pooled over the ablations of V-GRPO or Pave-GRPO."""
-    groups = {tuple(values) for panel, _, values in ablation_rows() if panel.startswith(method)}
-    squares = sum(len(values) * pstdev(values) ** 2 for values in groups if values)
-    freedom = sum(len(values) - 1 for values in groups if values)
-    return (squares / freedom) ** 0.5
-
-
-def ablation_table() -> None:
-    """Scores of all ablations, and by how much two means of seeds must differ to tell them apart:
-    two standard errors, with the pooled deviation of a seed.
-    """
-    print(f"\neval/shapes, V-GRPO's at iteration {AT}, Pave-GRPO's at 20\n")
-    print("| what | | seeds | mean | lowest to highest |\n|---|---|---|---|---|")
-    for panel, label, values in ablation_rows():
-        cells = (
-            f"{mean(values):.3f} | {min(values):.3f} to {max(values):.3f}"
-            if values
-            else "missing |"
-        )
-        print(f"| {panel} | {label} | {len(values)} | {cells} |")
-    for method, sizes in {"V-GRPO": (3, 5), "Pave-GRPO": (3, 10)}.items():
-        deviation = seed_deviation(method)
-        least = 2 * deviation * sum(1 / size for size in sizes) ** 0.5
-        print(f"\n{method}: one seed's standard deviation is {deviation:.3f}.")
-        print(f"Means of {sizes[0]} and {sizes[1]} seeds differ by noise up to {least:.3f}.")
-
-
-# --------------------------------------------------------------------------------------------------
-# ----------- figures
-def draw_lines(axis, x_of: Callable, reduced: bool) -> list[tuple[float, float, str, str]]:
-    """Mean over seeds of each method, the band from lowest to highest. x_of(runs, images) -> x of
-    iterations 0, 1, ...
-    Returns the last x and y of each line, its name and its colour."""
-    ends = []
-    for method, _, found, images in shown(reduced):
-        if not found:
-            continue
-        label, _, colour = (METHODS | OTHERS)[method]
-        iterations = sorted(set.intersection(*(set(scores(run)) for run in found)))
-        values = [[scores(run)[i] for run in found] for i in iterations]
-        x, means = x_of(found, images), [*map(mean, values)]
-        x = [x[i] for i in iterations]
-        width = 2.5 if method in ("vgrpo", "pave") else 1.2  # the two that this project is about
-        axis.plot(
-            x, means, color=colour, marker=".", linewidth=width, label=f"{label} ({len(found)})"
-        )
-        axis.fill_between(
-            x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.12, linewidth=0
-        )
-        ends.append((x[-1], means[-1], label, colour))
-    return ends
-
-
-def minutes(found: list[list[dict]], images: int) -> list[float]:
-    rate = seconds_per_iteration(found) / 60
-    return [i * rate for i in range(len(found[0]))]
-
-
-def draw_curves(level: float, reduced: bool, path: Path) -> None:
-    """Reward against minutes, network evaluations and iterations."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
-    x = {
-        "minutes, one CPU thread": minutes,
-        "network evaluations, thousands": lambda found, images: [
-            n / 1000 for n in evaluations(found[0], images)
-        ],
-        "iterations": lambda found, images: range(len(found[0])),
-    }
-    for axis, (label, x_of) in zip(axes, x.items(), strict=True):
-        draw_lines(axis, x_of, reduced)
-        axis.set_xlabel(label)
-        axis.axhline(level, color="black", linewidth=0.5, linestyle=":")
-    axes[0].set_ylabel("eval/shapes")
-    labels = axes[2].get_legend_handles_labels()
-    figure.legend(*labels, title="method (seeds)", loc="outside right center")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_overview(path: Path) -> None:
-    """The README's first figure: reward against minutes, each line named at its end, beside images
-    before and after.
-    """
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    ends, low = draw_lines(axis, minutes, False), -1.0
-    right = max((x for x, _, _, _ in ends), default=1.0) + 0.5
-    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        low = max(y, low + 0.032)  # a line of text
-        axis.annotate(
-            label,
-            (x, y),
-            (right, low),
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4},
-        )
-    axis.set(
-        xlim=(0, right),
-        ylabel="reward on unseen prompts",
-        xlabel="minutes of training on one CPU core",
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    rows = grid_rows(False)
-    if len(rows) < 2:
-        return print(f"{path.name}: no run folders, not drawn")
-    curves, (before, after) = Image.open(buffer), rows[:2]
-    canvas = Image.new("RGB", (curves.width + 4 * 136 + 16, curves.height), "white")
-    canvas.paste(curves, (0, 0))
-    top = (canvas.height - 2 * 200) // 2
-    for i, (title, picture) in enumerate((before, after)):
-        ImageDraw.Draw(canvas).text(
-            (curves.width + 16, top + i * 200), title, "black", font_size=16
-        )
-        canvas.paste(
-            picture.crop((0, 0, 4 * 136 + 4, 168)), (curves.width + 12, top + i * 200 + 24)
-        )
-    canvas.save(path)
-
-
-def draw_ablations(path: Path) -> None:
-    """One panel of bars a question; the tick is the lowest and the highest seed."""
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in ablation_rows() if row[2]]
-    panels = list(dict.fromkeys(panel for panel, _, _ in rows))
-    sizes = [sum(row[0] == panel for row in rows) + 1.5 for panel in panels]
-    figure, axes = plt.subplots(
-        len(panels),
-        1,
-        figsize=(9, 0.28 * sum(sizes) + 1),
-        sharex=True,
-        layout="constrained",
-        height_ratios=sizes,
-        squeeze=False,
-    )
-    for axis, panel in zip(axes[:, 0], panels, strict=True):
-        labels, values = zip(
-            *((label, found) for p, label, found in rows if p == panel), strict=True
-        )
-        means = [*map(mean, values)]
-        spread = [
-            [m - min(v) for m, v in zip(means, values, strict=True)],
-            [max(v) - m for m, v in zip(means, values, strict=True)],
-        ]
-        colour = "tab:blue" if panel.startswith("V-GRPO") else "tab:brown"
-        texts = [f"{label}  ({len(v)})" for label, v in zip(labels, values, strict=True)]
-        axis.barh(texts, means, xerr=spread, color=colour, alpha=0.7)
-        axis.axvline(ablation_start(panel), color="black", linewidth=0.8, linestyle=":")
-        axis.invert_yaxis()
-        axis.set_title(panel, loc="left", fontsize=10)
-    axes[-1, 0].set_xlabel("eval/shapes (dotted: before training; in brackets: seeds)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def grid_rows(reduced: bool) -> list[tuple[str, Image.Image]]:
-    """Title and images: the first evaluation, then the last of each method's seed 0, where the run
-    folder still is.
-    """
-    rows: list[tuple[str, Image.Image]] = []
-    for method, name, found, _ in shown(reduced):
-        pictures = sorted((HERE.parent / f"runs/seeds-{name}-s0/samples").glob("iter_*.png"))
-        if not found or not pictures:
-            continue
-        points = scores(found[0])
-        if not rows:
-            rows.append((f"before training: reward {points[0]:.2f}", Image.open(pictures[0])))
-        last = int(pictures[-1].stem[-4:])
-        title = f"after {last} iterations of {(METHODS | OTHERS)[method][0]}: {points[last]:.2f}"
-        rows.append((title, Image.open(pictures[-1])))
+def ablation_rows(earlier: str) -> list[tuple[str, str, list[float]]]:
+    """panel, label, scores of all seeds after ITERATIONS."""
+    rows = []
+    for panel, entries in PANELS.items():
+        for label, name in entries.items():
+            found = [scores(run)[ITERATIONS] for run in ablated(name, earlier)]
+            rows.append((panel, label, found))
     return rows
 
 
-def draw_grids(reduced: bool, path: Path) -> None:
-    """The same prompts and noise before training and after each method."""
-    rows = grid_rows(reduced)
-    if not rows:
-        return print(f"{path.name}: no run folders, not drawn")
-    width, height = rows[0][1].width, rows[0][1].height // 2  # the first of two rows of prompts
-    canvas = Image.new("RGB", (width, len(rows) * (height + 24)), "white")
-    for i, (title, image) in enumerate(rows):
-        ImageDraw.Draw(canvas).text((4, i * (height + 24) + 4), title, "black", font_size=16)
-        canvas.paste(image.crop((0, 0, width, height)), (0, i * (height + 24) + 24))
+def ablation_table(earlier: str = "") -> None:
+    """Scores of all ablations, and by how much two means of seeds must differ to tell them apart:
+    two standard errors, with the pooled deviation of a seed."""
+    titles = ("what", "", "seeds", "mean", "lowest to highest")
+    head(f"V-GRPO's eval/shapes after {ITERATIONS} iterations", *titles)
+    groups = set()
+    for panel, label, values in ablation_rows(earlier):
+        if not values:
+            row(panel, label, 0, "missing", "")
+            continue
+        row(
+            panel,
+            label,
+            len(values),
+            f"{mean(values):.3f}",
+            f"{min(values):.3f} to {max(values):.3f}",
+        )
+        groups.add(tuple(values))  # a set: the default and others stand in several panels
+    squares = sum(len(values) * pstdev(values) ** 2 for values in groups)
+    freedom = sum(len(values) - 1 for values in groups)
+    deviation = (squares / max(1, freedom)) ** 0.5
+    least = 2 * deviation * (1 / 3 + 1 / 5) ** 0.5
+    print(f"\nOne seed's standard deviation is {deviation:.3f}.")
+    print(f"Means of 3 and 5 seeds differ by noise up to {least:.3f}.")
+
+
+def steps_table(earlier: str = "", level: float = 0.8) -> None:
+    """What several gradient steps on the same rollouts cost to the level, in the first ITERATIONS
+    of every seed. Evaluations and seconds of the earlier version are those of runs of their own."""
+    titles = ["gradient steps", "seeds", "end", "evaluations an image", "s an iteration"]
+    titles += [f"{level} after {unit}" for unit in ("iterations", "evaluations", "s")]
+    head(f"Several gradient steps an iteration, {ITERATIONS} iterations", *titles)
+    for label, name in PANELS["gradient steps an iteration"].items():
+        found = []
+        for run in ablated(name, earlier):
+            points = [point for point in run["scores"] if point[0] <= ITERATIONS]
+            found.append(run | {"scores": points, "nfe": run["nfe"][:ITERATIONS]})
+        timed = runs("earlier-ablations", f"timed-{name}") if earlier else found
+        if not found:
+            row(label, 0, "missing", "", "", "", "", "")
+            continue
+        each, seconds = timed[0]["nfe"][0], seconds_per_iteration(timed)
+        spent, number, _ = costs(found, level)
+        sign = "" if number == len(found) else "> "
+        iterations = mean(spent)
+        values = (iterations, iterations * 192 * each, iterations * seconds)
+        end = mean(run["scores"][-1][1] for run in found)
+        cells = [f"{sign}{value:,.0f}" for value in values]
+        row(label, len(found), f"{end:.3f}", f"{each:.0f}", f"{seconds:.1f}", *cells)
+
+
+# --------------------------------------------------------------------------------------- splits
+def names_of(experiment: str) -> list[str]:
+    """Names of configurations, as they first come in the kept file."""
+    return list(dict.fromkeys(run["run"] for run in load(experiment)))
+
+
+def splits_table(earlier: str = "") -> None:
+    """Rewards per configuration, at equal iterations, and at the network evaluations that Flow-GRPO
+    (no splits) of the same T, rollout and step takes for 20: between two evaluations the line
+    through them."""
+    experiment = f"{earlier}splits"
+    titles = ("configuration", "seeds", "before", "after 10", "after 20", "evaluations")
+    head("Pave-GRPO's splits, targets and rollouts", *titles, "at Flow-GRPO's evaluations")
+    cost = {run["run"]: learning.cost_of(run["flags"]) for run in load(experiment)}
+    for name in names_of(experiment):
+        found = runs(experiment, name)
+        before, ten, twenty = zip(*[[score for _, score in run["scores"]] for run in found])
+        reach = 2 * cost[re.sub(r"-S.*", "-S", name)] / cost[name]  # in tens of iterations, from 1
+        means = mean(before), mean(ten), mean(twenty)
+        equal = interpolate(means, reach)
+        spread = f"{means[2]:.3f} ({min(twenty):.2f}, {max(twenty):.2f})"
+        cells = [f"{means[0]:.3f}", f"{means[1]:.3f}", spread, f"{20 * cost[name]:,.0f}"]
+        row(name, len(found), *cells, f"{equal:.3f}")
+
+
+def paired_with(name: str, names: list[str]) -> list[str]:
+    """The configurations that a splitting one is compared with, over the same seeds."""
+    kind, splits, condition = re.fullmatch(r"(.*)-S([\d.]*)(-\w+)?", name).groups()
+    if not splits or condition == "-coupled":
+        return []
+    bases = [f"{kind}-S{condition or ''}"]
+    if (splits, condition) == ("2.3", None):
+        bases += [f"{kind}-S-2T", f"{kind}-S-2G"]
+    return [base for base in bases if base in names]
+
+
+def paired_differences(experiment: str, name: str, base: str) -> list[float]:
+    """Last score of one configuration minus another's, seed by seed: a seed has the same prompts
+    and the same noise in both."""
+    ends = {run["seed"]: run["scores"][-1][1] for run in runs(experiment, name)}
+    found = [(run["seed"], run["scores"][-1][1]) for run in runs(experiment, base)]
+    return [ends[seed] - end for seed, end in found if seed in ends]
+
+
+def interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean, lower and upper end of its 95 % interval by Student's t; at least two differences."""
+    middle, n = mean(differences), len(differences)
+    half = T_QUANTILES[n - 2] * stdev(differences) / n**0.5
+    return middle, middle - half, middle + half
+
+
+def paired_table(earlier: str = "") -> None:
+    """What splitting does to the score, against Flow-GRPO under the same conditions, and against
+    Flow-GRPO with twice the steps (2T: the trained ones begin at the same noise levels) or twice
+    the images a group (2G)."""
+    titles = ("configuration", "minus", "seeds", "difference", "95 % interval")
+    head("Score minus that of Flow-GRPO, paired by seed", *titles)
+    names = names_of(f"{earlier}splits")
+    for name in names:
+        for base in paired_with(name, names):
+            differences = paired_differences(f"{earlier}splits", name, base)
+            if len(differences) >= 4:
+                middle, low, high = interval(differences)
+                cells = (f"{middle:+.3f}", f"{low:+.3f} to {high:+.3f}")
+                row(name, base, len(differences), *cells)
+
+
+# ----------------------------------------------------------------- the FAQ's tables, measured once
+def defaults_table() -> None:
+    """What chose the defaults' prompts, and that they have no average of the weights."""
+    titles = ("run", "code", *(f"seed {seed}" for seed in range(5)), "mean", "lowest")
+    head("eval/shapes at the end", *titles)
+    rows = {}
+    for run in load("defaults"):
+        for key in ("scores", "average 0.8", "average 0.9"):
+            if key in run:
+                rows.setdefault((run["run"], run["code"], key), []).append(run[key][-1][1])
+    for (name, code, key), values in rows.items():
+        cells = [f"{value:.3f}" for value in values] + [""] * (5 - len(values))
+        title = name if key == "scores" else f"{name}, {key}"
+        row(title, code, *cells, f"{mean(values):.3f}", f"{min(values):.3f}")
+
+
+def average_table() -> None:
+    """Longer runs on all prompts, and averages of the weights by diffusers' EMAModel."""
+    head("eval/shapes of weights and of their average", "run", "seed", "evaluations")
+    for run in load("earlier-average"):
+        for key in ("scores", "average"):
+            points = [f"{score:.3f}" for _, score in run.get(key, [])][1:]
+            if points:
+                row(f"{run['run']}, {key}", run["seed"], " | ".join(points))
+
+
+def print_tables(earlier: str) -> None:
+    for level in (0.8, 0.7):
+        reach_table(level, earlier)
+    for table in (grid_table, seeds_table, ablation_table, steps_table, splits_table, paired_table):
+        table(earlier)
+    average_table()
+    defaults_table()
+
+
+# -------------------------------------------------------------------------------------- figures
+def draw_overview(path: Path, earlier: str) -> None:
+    """Reward against minutes: the mean over seeds of each method, the band lowest to highest."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for method in METHODS:
+        label, colour = LABELS[method]
+        _, found = shown(earlier)[method]
+        rate = seconds_per_iteration(found) / 60
+        iterations = list(scores(found[0]))
+        values = [[scores(run)[i] for run in found] for i in iterations]
+        x, means = [i * rate for i in iterations], [mean(seeds) for seeds in values]
+        width = 2.5 if method in ("vgrpo", "pave") else 1.2  # the two that this project is about
+        name = f"{label} ({len(found)})"
+        axis.plot(x, means, color=colour, marker=".", linewidth=width, label=name)
+        low, high = [min(seeds) for seeds in values], [max(seeds) for seeds in values]
+        axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set(xlim=(0, None), ylabel="reward on unseen prompts")
+    axis.set_xlabel("minutes of training on one CPU core")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(title="method (seeds)", loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_images(path: Path, columns: int = 8) -> None:
+    """The first prompts of the evaluation, before and after both methods, from the same noise.
+    Their cells are cut from the grids that seed 0 has drawn: those of image_grid, rewards.py."""
+    from PIL import Image, ImageDraw
+
+    left, top, side = 130, 54, 132
+    canvas = Image.new("RGB", (left + columns * side, top + 4 * side), "white")
+    draw = ImageDraw.Draw(canvas)
+    prompts = (ROOT / "prompts/shapes_test.jsonl").read_text().splitlines()
+    for column, line in enumerate(prompts[:columns]):
+        text = "\n".join(textwrap.wrap(json.loads(line)["prompt"], 20))
+        draw.text((left + column * side, 2), text, "black", font_size=12)
+    y = top
+    for method in ("vgrpo", "pave"):
+        lr, found = shown("")[method]
+        files = sorted((ROOT / f"runs/methods-{method}-lr{lr}-s0/samples").glob("iter_*.png"))
+        if not files:
+            return print(f"{path.name}: not drawn, the folders of seed 0 are not there")
+        for file in (files[0], files[-1]):
+            iteration = int(file.stem[5:])
+            when = f"after {iteration}\niterations" if iteration else "before"
+            score = f"score {scores(found[0])[iteration]:.2f}"
+            title = f"{LABELS[method][0]}\n{when}\n{score}"
+            draw.text((4, y + 36), title, "black", font_size=14)
+            grid = Image.open(file)
+            for column in range(columns):
+                x_cell, y_cell = column % 6 * 136 + 4, column // 6 * 168 + 4
+                cell = grid.crop((x_cell, y_cell, x_cell + 128, y_cell + 128))
+                canvas.paste(cell, (left + column * side, y))
+            y += side
     canvas.save(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# -------------- main
-def report(levels: list[float], reduced: bool) -> None:
-    missing = [name for _, name, found, _ in shown(reduced) if not found]
-    for level in levels:
-        reach_table(level, reduced)
-    if not reduced:
-        grid_table()
-        ablation_table()
-        steps_table(levels[-1:])
-        missing += [f"{panel}: {label}" for panel, label, values in ablation_rows() if not values]
-    print("\nMissing, left out: " + (", ".join(missing) or "nothing"))
-    prefix = "reduced_" if reduced else ""
-    draw_curves(levels[-1], reduced, HERE / f"{prefix}curves.png")
-    draw_grids(reduced, HERE / f"{prefix}methods.png")
-    if not reduced:
-        draw_overview(HERE / "overview.png")
-        draw_ablations(HERE / "ablations.png")
+def draw(earlier: str) -> None:
+    """The figures of the docs. An incomplete one would be read as complete."""
+    draw_images(HERE / "images.png")
+    few = [LABELS[method][0] for method in METHODS if len(shown(earlier)[method][1]) < 3]
+    if few:
+        print(f"overview.png: not drawn, fewer than three seeds of {', '.join(few)}")
+    else:
+        draw_overview(HERE / "overview.png", earlier)
 
 
-def evaluations_an_iteration(script, flags: list[str]) -> float:
-    args = script.parse_args(flags)
-    return evaluations_per_iteration(args)
+# ----------------------------------------------------------------------- a user's own runs
+# panel: title, unit of the y axis, and the metrics it shows (a prefix ends with "/")
+OWN_PANELS = [
+    ("reward on training prompts", "reward", ["reward/"]),
+    ("evaluation", "reward", ["eval/"]),
+    ("ratio", "largest |ratio - 1|", ["policy/ratio_max_dev"]),
+    ("KL", "approx. KL, loss/kl", ["policy/approx_kl", "loss/kl"]),
+    ("gradient", "norm before clipping", ["optim/grad_norm"]),
+    ("time of an iteration", "seconds", ["time/sample", "time/reward", "time/update"]),
+]
+DASHES = ["-", "--", ":", "-."]
 
 
-def estimated_seconds(job: Job) -> float:
-    """Of one run on a core of its own: iterations x measured seconds, + 4 s an evaluation, + 8 s to
-    start. Measured:
-    the configuration's own runs, else --measure's of its method, else the script's preset's per
-    network evaluation."""
-    method = job.name.removeprefix("reduced-").split("-lr")[0]
-    found = [
-        *runs(job.name),
-        *runs(f"measure-{method}"),
-        *(runs(run_name(method, PRESET)) if method in METHODS else []),
-    ]
-    scale = 1.0
-    if not found:  # an ablation
-        script, preset = (
-            (pave_grpo, "pave") if job.command.startswith("pave_grpo.py") else (vgrpo, "default")
-        )
-        found = [*runs(preset), *runs("measure-pave" if preset == "pave" else "measure-vgrpo")]
-        scale = evaluations_an_iteration(
-            script, job.command.split()[1:]
-        ) / evaluations_an_iteration(script, [])
-    return (
-        job.iterations * scale * seconds_per_iteration(found) + 4 * (job.iterations // 10 + 1) + 8
-    )
+def load_run(folder: Path) -> list[dict]:
+    """Lines of folder/metrics.jsonl; a last line that a kill cut off is left out."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if lines and not lines[-1].endswith("}"):
+            lines.pop()
+        run = [json.loads(line) for line in lines]
+        _, *_ = [line["iteration"] for line in run]  # at least one, each with its iteration
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        print(f"error: {path} holds no metrics that can be read ({error}).", file=sys.stderr)
+        sys.exit(2)
+    return run
 
 
-def print_estimate(jobs_at_a_time: int, ablation_seeds: list[int]) -> None:
-    """Sums over all runs of a set, and over those without results, divided by the number of cores."""
-    sets = {
-        "reduced": reduced_jobs(),
-        "full": grid_jobs() + best_jobs() + other_jobs() + ablation_jobs(ablation_seeds),
-    }
-    for name, jobs in sets.items():
-        unique = {(job.name, job.seed): estimated_seconds(job) for job in jobs}
-        todo = [
-            s
-            for (n, seed), s in unique.items()
-            if not (HERE / f"results/{n}-s{seed}.jsonl").exists()
-        ]
-        parts = [(len(unique), sum(unique.values())), (len(todo), sum(todo))]
-        cells = [
-            f"{n} runs, {s / 3600:.2f} CPU hours, {s / 60 / jobs_at_a_time:.0f} minutes"
-            for n, s in parts
-        ]
-        print(f"--{name} on {jobs_at_a_time} idle cores: {cells[0]}; still to do: {cells[1]}")
+def series(run: list[dict], names: list[str]) -> dict[str, tuple[list, list]]:
+    """metric -> (iterations, values), of all metrics named, or that begin with a named prefix."""
+    found: dict[str, tuple[list, list]] = {}
+    for line in run:
+        for key, value in line.items():
+            prefixed = any(name.endswith("/") and key.startswith(name) for name in names)
+            if (key in names or prefixed) and key != "reward/std":
+                xs, ys = found.setdefault(key, ([], []))
+                xs.append(line["iteration"])
+                ys.append(value)
+    return found
+
+
+def draw_own(folders: list[Path], out: Path) -> None:
+    """One panel a kind of metric, one colour a run, one dash a metric of the panel."""
+    own = {str(folder): load_run(folder) for folder in folders}
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (title, unit, names) in zip(axes.flat, OWN_PANELS, strict=True):
+        dashes: dict[str, str] = {}
+        for number, run in enumerate(own.values()):
+            for key, (xs, ys) in series(run, names).items():
+                dash = dashes.setdefault(key, DASHES[len(dashes) % len(DASHES)])
+                axis.plot(xs, ys, dash, color=f"C{number}", linewidth=1.5)
+        for key, dash in dashes.items():
+            axis.plot([], [], dash, color="black", label=key)
+        axis.set_title(title)
+        axis.set_xlabel("iteration")
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3)
+        if dashes:
+            axis.legend(fontsize=8)
+    handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(own))]
+    figure.legend(handles, own, loc="outside lower center", ncols=min(4, len(own)))
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    print(f"drew {out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "runs", nargs="*", type=Path, help="draw only these run folders, into --out"
-    )
+    parser.add_argument("runs", nargs="*", type=Path, help="draw these run folders, into --out")
     parser.add_argument("--out", type=Path, default=Path("runs.png"), help="figure of the folders")
-    parser.add_argument(
-        "--reduced", action="store_true", help="run, or with --draw only show, the reduced set"
-    )
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--draw", action="store_true", help="run nothing")
-    parser.add_argument("--estimate", action="store_true")
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--ablation_seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--rewards", type=float, nargs="+", default=[0.70, 0.80], help="the rewards to reach"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--earlier", action="store_true", help="the version before the rewrite")
+    parser.add_argument("--draw", action="store_true", help="the figures of the docs as well")
     options = parser.parse_args()
+    if (options.runs or options.draw) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("figures need `pip install -r benchmarks/requirements.txt`.")
     if options.runs:
-        return own_runs.draw(options.runs, options.out)
-    (HERE / "results").mkdir(exist_ok=True)
-    if options.measure:
-        for job in measure_jobs():
-            attempt(job)
-    if options.measure or options.estimate:
-        return print_estimate(options.jobs, options.ablation_seeds)
-    if importlib.util.find_spec("matplotlib") is None:  # before hours of runs, not after them
-        parser.error("the figures need `pip install -r benchmarks/requirements.txt`.")
-    full = [grid_jobs, best_jobs, other_jobs, lambda: ablation_jobs(options.ablation_seeds)]
-    stages = [reduced_jobs] if options.reduced else full if options.full else []
-    for stage in () if options.draw else stages:  # each looks at the results of the one before
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(attempt, stage()))
-    report(options.rewards, options.reduced)
+        return draw_own(options.runs, options.out)
+    earlier = "earlier-" if options.earlier else ""
+    print_tables(earlier)
+    if options.draw:
+        draw(earlier)
 
 
 if __name__ == "__main__":

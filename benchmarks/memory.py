@@ -2,7 +2,6 @@
 
   python benchmarks/memory.py --out benchmarks/results/memory.jsonl      all cases, minutes
   python benchmarks/memory.py --table                                    what fits where, from it
-  python benchmarks/memory.py --check                                    against a real run
 
 The shipped functions run on fake tensors: bf16 weights, fp32 LoRA, autocast to bf16, as on CUDA.
 A dispatch mode counts the bytes of all live storages after every operation. The largest count is
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import real_sizes as real
 import torch
+from real_sizes import GIB
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 import pave_grpo
 import vgrpo
 
-GIB = 2**30
 CPU, META = torch.device("cpu"), torch.device("meta")
 SIZES = {"sd3": (512, 1024), "flux": (512, 720)}
 MICRO_BATCHES = (1, 2, 4, 8)  # V-GRPO: images, with 4 pairs each; Pave-GRPO: starts
@@ -221,44 +220,6 @@ def simulate(script, kind: str, resolution: int):
                     break  # larger ones fit no card either
 
 
-# ------------------------------------------------------------------------------------ against a run
-def check_arguments():
-    """An SD3 network of the real depth and a quarter of its width, at 256 px: over a GiB to keep."""
-    changes = dict(num_attention_heads=6, caption_projection_dim=384)
-    real.REAL["sd3"] |= changes
-    flags = vgrpo.PRESETS["sd3"] | {"model": "sd3", "resolution": 256, "micro_batch": 1}
-    return replace(vgrpo.Config(**flags), grad_checkpointing=False)
-
-
-def allocated_gib(function) -> float:
-    """Peak of PyTorch's CPU allocator while `function` runs, GiB above its start: the profiler's."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        function()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak / GIB
-
-
-def check() -> None:
-    """The same update on fake tensors, on real ones, and as PyTorch's allocator saw it."""
-    args = check_arguments()
-    model = real.build_model(vgrpo, args, META, False, torch.float32)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        make_fake(model)
-        simulated = peak_gib(updating(vgrpo, model, args))
-    model = real.build_model(vgrpo, args, CPU, False, torch.float32)
-    for weight in model.trainable.values():
-        weight.grad = torch.zeros_like(weight)
-    counted = peak_gib(updating(vgrpo, model, args))
-    allocated = allocated_gib(updating(vgrpo, model, args))
-    print(f"simulated {simulated:.3f} GiB, counted on real tensors {counted:.3f}, ", end="")
-    print(f"the allocator's {allocated:.3f}: {simulated / allocated - 1:+.1%}")
-
-
 # -------------------------------------------------------------------------------------------- table
 def fits(line: dict, card: int) -> bool:
     return line["peak"] + OVERHEAD <= card * 1e9 / GIB
@@ -298,10 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="jsonl file for all cases")
     parser.add_argument("--table", action="store_true", help="print the table of the kept file")
-    parser.add_argument("--check", action="store_true", help="compare with a real run")
     args = parser.parse_args()
-    if args.check:
-        check()
     if args.out:
         with args.out.open("w", encoding="utf-8") as file:
             for kind, resolutions in SIZES.items():
@@ -311,8 +269,7 @@ def main() -> None:
                             print(line, flush=True)
                             file.write(line + "\n")
     if args.table:
-        lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-        table(lines)
+        table([json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()])
 
 
 if __name__ == "__main__":

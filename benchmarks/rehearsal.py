@@ -1,6 +1,6 @@
-"""A rehearsal at real size: both scripts train SD3.5-Medium's network on the CPU, are killed, go on.
+"""A rehearsal at real size: both scripts train SD3.5-M's network on the CPU, are killed, go on.
 
-  python benchmarks/rehearsal.py --folder /tmp/rehearsal        about 20 minutes, 30 GB of disk
+  python benchmarks/rehearsal.py --folder FOLDER        about 20 minutes, 30 GB of disk
 
 The transformer, the VAE and both CLIP encoders have SD3.5-Medium's true sizes and random weights,
 T5 has one layer of its true width. They are saved as a pipeline in bf16, 128 px is the image size.
@@ -34,7 +34,7 @@ T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2}
 
 
 def save_pipeline(folder: Path) -> None:
-    """SD3.5-Medium's classes and key layout, random weights in bf16; the bundled CLIP tokenizers."""
+    """SD3.5-Medium's classes and keys, random weights in bf16; the bundled CLIP tokenizers."""
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     for letter in "\u2581abcdefghijklmnopqrstuvwxyz":
         letters.append((letter, -1.0))
@@ -116,7 +116,6 @@ def image_change(folder: Path, run_dir: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where 30 GB fit")
-    parser.add_argument("--out", type=Path, help="a jsonl file that the lines are added to")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     prompts = args.folder / "prompts.txt"
@@ -127,11 +126,7 @@ def main() -> None:
         found = rehearse(script, args.folder, prompts)
         found["lora_change"] = image_change(args.folder / "pipeline", args.folder / script)
         assert found["lora_change"] > 0, "the LoRA must change the image"
-        line = json.dumps(found)
-        print(line, flush=True)
-        if args.out:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ import math
 import types
 
 import curves
-import own_runs
-import pave
-import planned
+import learning
 import pytest
 import rivals
-import seeds
 import torch
 import variance
 from conftest import DOCS, SMALL, run, sgd, untimed
@@ -128,7 +125,7 @@ def test_maths_rivals_equal_naive_loops(name):
         ("nft_loss", "0.5 + 0.5 *", "0.5 - 0.5 *"),
         ("nft_loss", ".clamp(-1, 1)", ""),
         ("nft_loss", ".detach()", ""),
-        ("nft_loss", "- time_ * u", "+ time_ * u"),
+        ("nft_loss", "- s * u", "+ s * u"),
         ("nft_loss", "(adv / Z)", "adv"),
         ("awm_loss", "L_old - L)", "L - L_old)"),
         ("awm_loss", "(noise - x_0)", "(x_0 - noise)"),
@@ -250,6 +247,20 @@ def test_awm_on_policy_is_vgrpo_without_its_variance_reductions(tmp_path):
             assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-8), (key, a[key], b[key])
 
 
+@pytest.mark.parametrize("method", rivals.SCRIPTS)
+def test_a_rival_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(method, tmp_path):
+    """The third iteration after a stop is that of the whole run, theta_old's weights among it."""
+    own = {"mixgrpo": "--window 2 --interval 2", "nft": "--num_pairs 2 --ema_rate 0.3", "awm": ""}
+    flags = f"{own[method]} --lr 1e-2".split()
+    stopped = tmp_path / "stopped"
+    rival_run(stopped, method, *flags)
+    whole = rival_run(tmp_path / "whole", method, *flags, "--iterations", "3")
+    again = ["--method", method, *flags, "--resume", str(stopped), "--iterations", "3"]
+    rivals.main(again)
+    lines = (stopped / "metrics.jsonl").read_text().splitlines()
+    assert untimed(map(json.loads, lines)) == whole and len(whole) == 4
+
+
 def test_nft_samples_from_the_old_policy(tmp_path):
     """An old policy that never moves (eta = 1) keeps sampling as the initial model does, whatever
     theta learns.
@@ -327,81 +338,139 @@ def test_mutations_of_the_variance_figures_are_caught(old, new):
 
 
 def test_curves_read_runs_right():
-    """Where a run reaches a reward, what it cost by then; and every job's command parses, at equal
-    sizes.
-    """
-    found = [{"iteration": 0, "eval/shapes": 0.4}]
-    found += [
-        {
-            "iteration": i,
-            "nfe/sample": 10,
-            "nfe/update": i,
-            "time/sample": 2.0 * i,
-            "time/update": 1.0,
-        }
-        for i in (1, 2, 3, 4)
-    ]
-    found[2]["eval/shapes"], found[4]["eval/shapes"] = 0.6, 0.9
-    points = curves.scores(found)
+    """Where a run reaches a reward, and what it cost by then."""
+    run = {"scores": [[0, 0.4], [2, 0.6], [4, 0.9]], "images": 2}
+    run |= {"nfe": [11, 12, 13, 14], "seconds": [3.0, 5.0, 7.0, 9.0]}
+    points = curves.scores(run)
     assert [curves.reached(points, level) for level in (0.3, 0.5, 0.75, 0.95)] == [0, 1, 3, None]
-    assert curves.evaluations(found, 2) == [0, 22, 46, 72, 100]
-    assert (
-        curves.interpolate(curves.evaluations(found, 2), 2.5) == 59
-        and curves.interpolate([0, 5], 1.0) == 5
-    )
-    assert curves.seconds_per_iteration([found, [{}, {"time/sample": 99.0}]]) == 6
-    slow = [{**line, "eval/shapes": 0.4} if "eval/shapes" in line else line for line in found]
-    spent, number, means = curves.costs([found, slow], 2, 0.75)
-    assert (spent, number) == ([3, 4], 1) and means == [3.5, 86, 3.5 * 6], (
-        "a seed that never gets there counts in full"
-    )
-    jobs = curves.grid_jobs() + curves.best_jobs() + curves.other_jobs() + curves.ablation_jobs([0])
-    lengths = {
-        "default": 50,
-        "no_ref_kl": 50,
-        "naive_elbo": 50,
-        "pave": 80,
-    }  # names that seeds.py has too: its runs
-    assert all(job.iterations == lengths[job.name] for job in jobs if job.name in lengths)
-    for name, command in seeds.CONFIGURATIONS.items():
-        jobs.append(curves.Job(name, command, 0, lengths[name]))
-    for job in jobs + curves.reduced_jobs():
-        script, *flags = job.command.split()
-        args = (
-            rivals.parse(flags)[1]
-            if "rivals" in script
-            else {"v": vgrpo, "p": pave_grpo}[script[0]].parse_args(flags)
-        )
-        size = planned.planned(args).images * args.prompts_per_iter
-        assert args.iterations == job.iterations and size == (384 if job.name == "pave" else 192), (
-            job
-        )
+    assert curves.evaluations(run) == [0, 22, 46, 72, 100]
+    assert curves.interpolate(curves.evaluations(run), 2.5) == 59
+    assert curves.interpolate([0, 5], 1.0) == 5
+    assert curves.seconds_per_iteration([run, {"seconds": [99.0]}]) == 6
+    slow = run | {"scores": [[0, 0.4], [2, 0.4], [4, 0.4]]}
+    spent, number, means = curves.costs([run, slow], 0.75)
+    assert (spent, number) == ([3, 4], 1), "a seed that never gets there counts in full"
+    assert means == [3.5, 86, 3.5 * 6]
 
 
+def test_every_run_of_the_queue_has_its_size_and_the_same_help():
+    """Each command parses; methods differ in nothing that could help one of them unnoticed."""
+    jobs = [job for stage in learning.STAGES for job in stage()]
+    assert len(jobs) > 60 and len({(job.experiment, job.name) for job in jobs}) > 20
+    lengths = {"methods": 50, "ablations": learning.ITERATIONS, "splits": 20}
+    for job in jobs:
+        args = learning.parse(job.command)
+        method = job.name.partition("-lr")[0]
+        size = learning.planned(args).images * args.prompts_per_iter
+        ours = method.startswith("pave")  # its preset's budget
+        assert size == (384 if ours else 192), job
+        assert args.iterations == (80 if ours else lengths[job.experiment]), job
+        if job.experiment == "methods":
+            assert args.prompts == "prompts/shapes_all.jsonl" and args.ema_decay == 0, job
+            beta = 0 if method in ("pave", "flow_grpo", "mixgrpo") else 0.1
+            assert args.ref_kl_beta == (0.01 if method.endswith("_kl") else beta), job
+            assert f"{args.lr:.0e}".replace("e-0", "e-") == job.name.partition("-lr")[2], job
+
+
+def kept_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "RESULTS", tmp_path)
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+
+
+RUNNER = """import json, pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(flags.get("--resume") or flags["--run_dir"])
+(folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+(folder / "checkpoint/state.safetensors").touch()
+first = {"iteration": 0, "eval/shapes": 0.25}
+second = {"iteration": 1, "reward/mean": 0.5, "time/sample": 1.0, "time/update": 2.0}
+second |= {"nfe/sample": 10.0, "nfe/update": 8.0, "eval/shapes": 0.75}
+if "--resume" not in flags and flags["--stop"] == "1":
+    sys.exit(1)
+(folder / "metrics.jsonl").write_text(json.dumps(first) + chr(10) + json.dumps(second))
+"""
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_a_run_is_kept_once_and_an_interrupted_one_goes_on(stop, tmp_path, monkeypatch):
+    """A finished run is one line. One that stopped leaves none, and is resumed the next time."""
+    kept_files(tmp_path, monkeypatch)
+    (tmp_path / "fake.py").write_text(RUNNER)
+    monkeypatch.setattr(learning, "parse", lambda _: vgrpo.parse_args([]))
+    job = learning.Job("methods", "x-lr1e-4", f"fake.py --stop {stop}", 3)
+    learning.attempt(job, 1)
+    assert learning.is_done(job) == (not stop)
+    if stop:
+        learning.attempt(job, 1)
+    (line,) = learning.load("methods")
+    assert line["run"] == "x-lr1e-4" and line["seed"] == 3 and line["flags"] == job.command
+    assert line["scores"] == [[0, 0.25], [1, 0.75]] and line["images"] == 192
+    assert (line["reward"], line["seconds"], line["nfe"]) == ([0.5], [3.0], [18.0])
+    assert not learning.is_done(job._replace(seed=4)) and learning.best_lr("x") == ""
+    assert not (tmp_path / "runs/methods-x-lr1e-4-s3/checkpoint").exists()
+
+
+def test_the_best_learning_rate_is_that_of_seed_0(tmp_path, monkeypatch):
+    """By the mean of its last two evaluations; another seed does not choose."""
+    kept_files(tmp_path, monkeypatch)
+    ends = {("1e-4", 0): (0.5, 0.7), ("2e-4", 0): (0.8, 0.5), ("4e-4", 1): (0.9, 0.9)}
+    for (lr, seed), values in ends.items():
+        points = [[i, value] for i, value in enumerate(values)]
+        learning.keep("methods", {"run": f"x-lr{lr}", "seed": seed, "scores": points})
+    assert learning.best_lr("x") == "2e-4"
+
+
+# Tables of the docs: those of the version before, until today's set is complete, then ""
+EARLIER = "earlier-"
 TABLES = {
-    f"reach {level}": functools.partial(curves.reach_table, level, False) for level in (0.7, 0.8)
+    "reach 0.8": (functools.partial(curves.reach_table, 0.8), EARLIER),
+    "reach 0.7": (functools.partial(curves.reach_table, 0.7), EARLIER),
+    "grid": (curves.grid_table, EARLIER),
+    "seeds": (curves.seeds_table, EARLIER),
+    "ablations": (curves.ablation_table, EARLIER),
+    "steps": (curves.steps_table, EARLIER),
+    "splits": (curves.splits_table, EARLIER),
+    "paired": (curves.paired_table, EARLIER),
+    "splits again": (curves.splits_table, ""),  # the first row of the study, on today's code
+    "paired again": (curves.paired_table, ""),
 }
 
 
-TABLES |= {
-    "grid": curves.grid_table,
-    "ablations": curves.ablation_table,
-    "steps": functools.partial(curves.steps_table, [0.8]),
-    "seeds": seeds.table,
-    "pave": pave.table,
-    "pave, paired": pave.paired_table,
-}
+def printed_rows(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-def test_readme_tables_are_what_the_results_say(table, capsys):
-    """Every row that a benchmark prints of benchmarks/results stands in the README, in the same
-    order.
-    """
-    table()
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) > 2 and "missing" not in "".join(printed)
-    assert "\n".join(printed) in DOCS
+@pytest.mark.parametrize("table, version", TABLES.values(), ids=TABLES)
+def test_documented_tables_are_what_the_results_say(table, version, capsys):
+    """Every row that curves.py prints of benchmarks/results stands in the docs, in its order."""
+    table(version)
+    rows = printed_rows(capsys)
+    assert len(rows) > 2 and "missing" not in "".join(rows)
+    assert "\n".join(rows) in DOCS
+
+
+def test_documented_variance_is_what_the_results_say(capsys):
+    variance.table()
+    rows = printed_rows(capsys)
+    assert len(rows) == 12 and "\n".join(rows) in DOCS
+
+
+def test_every_result_names_its_run_and_every_script_is_listed():
+    """At most 15 files, 9 scripts and 2,200 lines; benchmarks/README.md names each of them."""
+    folder = ROOT / "benchmarks"
+    files, programs = sorted((folder / "results").iterdir()), sorted(folder.glob("*.py"))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert len(files) <= 15 and len(programs) <= 9
+    lines = [line for path in programs for line in path.read_text().splitlines()]
+    assert len(lines) <= 2200 and max(map(len, lines)) <= 100
+    for path in files:
+        assert path.suffix == ".jsonl" and path.name in text, path
+        runs = [json.loads(line) for line in path.read_text().splitlines()]
+        if path.stem.removeprefix("earlier-") in ("methods", "ablations", "splits"):
+            names = [(run["run"], run["seed"]) for run in runs]
+            assert len(names) == len(set(names)), f"{path} has a run twice"
+            assert all(run["flags"] and run["code"] for run in runs), path
+    assert all(path.name in text for path in programs)
 
 
 def test_curves_of_own_runs(tmp_path, capsys):
@@ -415,77 +484,60 @@ def test_curves_of_own_runs(tmp_path, capsys):
         )
     text = "\n".join(json.dumps(line) for line in lines)
     (good / "metrics.jsonl").write_text(text + '\n{"iteration": 3, "rew')
-    run = own_runs.load_run(good)
-    assert own_runs.series(run, ["reward/"]) == {"reward/mean": ([1, 2], [0.1, 0.2])}
-    assert own_runs.series(run, ["eval/"]) == {"eval/shapes": ([0], [0.4])}
+    run = curves.load_run(good)
+    assert curves.series(run, ["reward/"]) == {"reward/mean": ([1, 2], [0.1, 0.2])}
+    assert curves.series(run, ["eval/"]) == {"eval/shapes": ([0], [0.4])}
     for content in (None, "", "{\n" + text, "[1]\n" + text, "\xff"):
         bad = tmp_path / f"bad-{content and len(content)}"
         bad.mkdir()
         if content is not None:
             (bad / "metrics.jsonl").write_text(content, encoding="latin-1")
         with pytest.raises(SystemExit) as stop:
-            own_runs.load_run(bad)
+            curves.load_run(bad)
         message = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and message.startswith("error: ") and "\n" not in message
     pytest.importorskip("matplotlib").use("Agg")
-    own_runs.draw([good, good], tmp_path / "runs.png")
+    curves.draw_own([good, good], tmp_path / "runs.png")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_paired_differences_are_of_the_same_seed_and_their_interval_students(tmp_path, monkeypatch):
     """mean +- t s / sqrt(n), over the seeds that both configurations have."""
-    (tmp_path / "results").mkdir()
-    scores = {"pave-A-S": [0.5, 0.25, 0.75], "pave-A-S2": [0.625, 0.5, 0.75, 0.125]}
-    for name, ends in scores.items():
-        for seed, end in enumerate(ends):
-            lines = [{"eval/shapes": 0.4}, {"iteration": 5}, {"eval/shapes": end}]
-            path = tmp_path / f"results/{name}-s{seed}.jsonl"
-            path.write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setattr(pave, "HERE", tmp_path)
-    differences = pave.paired_differences("A-S2", "A-S")
+    kept_files(tmp_path, monkeypatch)
+    ends = {"A-S": [0.5, 0.25, 0.75], "A-S2": [0.625, 0.5, 0.75, 0.125]}
+    for name, values in ends.items():
+        for seed, end in enumerate(values):
+            learning.keep("splits", {"run": name, "seed": seed, "scores": [[0, 0.4], [20, end]]})
+    differences = curves.paired_differences("splits", "A-S2", "A-S")
     assert differences == [0.125, 0.25, 0.0], "seed 3 has no twin"
-    mean, low, high = pave.interval(differences)
+    mean, low, high = curves.interval(differences)
     half = 4.30 * 0.125 / 3**0.5  # two degrees of freedom; the deviation is 0.125
     assert (mean, low, high) == pytest.approx((0.125, 0.125 - half, 0.125 + half))
 
 
-@pytest.mark.parametrize(
-    "name, metric",
-    [(f"all-prompts-150-s{seed}", "eval") for seed in range(3)]
-    + [("ema-s0", "eval"), ("ema-s0", "eval_ema")],
-)
-def test_faq_scores_are_what_the_results_say(name, metric):
-    """The FAQ's rows of 456 prompts, every 25 iterations."""
-    run = curves.load(ROOT / f"benchmarks/results/{name}.jsonl")
-    row = " | ".join(f"{run[i][f'{metric}/shapes']:.3f}" for i in range(25, 151, 25))
-    assert f"| {row} |" in DOCS
+def test_faq_scores_are_what_the_results_say():
+    """The FAQ's rows of longer runs with 456 prompts, and of averages of the weights."""
+    ends = {"scores": [], "average": []}
+    for kept in learning.load("earlier-average"):
+        for key in ends:
+            values = [f"{score:.3f}" for _, score in kept.get(key, [])][1:]
+            if kept["run"] == "ema_default":
+                ends[key].append(values[-1])
+            elif values:
+                assert f"| {' | '.join(values)} |" in DOCS, kept["run"]
+    for values in ends.values():
+        assert len(values) == 5 and f"| {' | '.join(values)} |" in DOCS
 
 
-@pytest.mark.parametrize("metric", ["eval", "eval_ema"])
-def test_faq_scores_of_the_average_are_what_the_results_say(metric):
-    """The FAQ's rows of five seeds of the default, after 50 iterations."""
-    found = curves.runs("ema_default")
-    row = " | ".join(f"{run[50][f'{metric}/shapes']:.3f}" for run in found)
-    assert len(found) == 5 and f"| {row} |" in DOCS
-
-
-def test_documented_choice_of_defaults_is_that_of_the_kept_runs():
-    """The FAQ's rows of prompts and averages, and the README's first table, from defaults.jsonl."""
+def test_documented_choice_of_defaults_is_that_of_the_kept_runs(capsys):
+    """The FAQ's rows of prompts and averages, and the README's first table."""
+    curves.defaults_table()
+    for line in printed_rows(capsys)[2:]:
+        _, values = line.split(" | ", 2)[1:]
+        assert f"| {values}" in DOCS, line
     ends = {}
-    for line in (ROOT / "benchmarks/results/defaults.jsonl").read_text().splitlines():
-        entry = json.loads(line)  # the last evaluation of a run comes last
-        ends[entry["commit"], entry["script"], entry["prompts"], entry["seed"]] = entry
-    kept = {}
-    for (*name, _), entry in sorted(ends.items()):
-        kept.setdefault(tuple(name), []).append(entry)
-    for entries in kept.values():
-        for key in ("eval/shapes", "average 0.8", "average 0.9"):
-            values = [entry[key] for entry in entries if key in entry]
-            if values:
-                cells = [f"{value:.3f}" for value in values] + [""] * (5 - len(values))
-                mean = sum(values) / len(values)
-                row = f"| {' | '.join(cells)} | {mean:.3f} | {min(values):.3f} |"
-                assert row in DOCS, row
-    for *name, count in (("vgrpo", "shapes_all", "five"), ("pave_grpo", "shapes_train", "three")):
-        values = [entry["eval/shapes"] for entry in kept[("c543235", *name)]]
+    for kept in learning.load("defaults"):
+        ends.setdefault((kept["run"], kept["code"]), []).append(kept["scores"][-1][1])
+    for name, count in (("vgrpo-shapes_all", "five"), ("pave_grpo-shapes_train", "three")):
+        values = ends[name, "c543235"]
         assert f"| {min(values):.2f} to {max(values):.2f} ({count}) |" in DOCS

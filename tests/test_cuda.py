@@ -87,10 +87,10 @@ def test_cuda_run_rises_like_the_cpu_run(tmp_path):
     """20 iterations of `python vgrpo.py`: at least half the rise in eval/shapes of the CPU's run of
     the same seed.
     """
-    lines = (ROOT / "benchmarks/results/default-s0.jsonl").read_text().splitlines()
-    reference = [
-        line["eval/shapes"] for line in map(json.loads, lines) if line["iteration"] in (0, 20)
-    ]
+    lines = (ROOT / "benchmarks/results/methods.jsonl").read_text().splitlines()
+    kept = {(run["run"], run["seed"]): run for run in map(json.loads, lines)}
+    points = dict(kept["vgrpo-lr2e-4", 0]["scores"])
+    reference = [points[iteration] for iteration in (0, 20)]
     vgrpo.main(["--iterations", "20", "--eval_every", "20", "--run_dir", str(tmp_path)])
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     before, after = (line["eval/shapes"] for line in lines if "eval/shapes" in line)
