@@ -251,14 +251,15 @@ def main(argv=None):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_lines = vgrpo.load_prompts(args.prompts)
     eval_lines = vgrpo.load_prompts(args.eval_prompts)
-    reward_fns, weights = load_rewards(args.reward)
+    reward_fns, weights = load_rewards(args.reward, train_lines, eval_lines)
     model = script.load_model(args, device)
     decay = {"lr": args.lr, "weight_decay": args.weight_decay}
     optimizer = torch.optim.AdamW(model.trainable.values(), **decay)
     old = model if options.method == "mixgrpo" else copied(model)
     if old is not model:  # so that a checkpoint keeps theta_old, where others keep an average
         model.average = {name: weight.data for name, weight in old.trainable.items()}
-    done = script.load_checkpoint(model, optimizer, args)
+    prompts_hash = vgrpo.generator_for(train_lines, eval_lines).initial_seed()
+    done = script.load_checkpoint(model, optimizer, prompts_hash, args)
     name = f"runs/{options.method}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or name)
     for folder in ("samples", "checkpoint"):
@@ -284,7 +285,7 @@ def main(argv=None):
             logged |= evaluate(iteration)
         record({"iteration": iteration} | logged)
         if last or iteration % args.save_every == 0:
-            script.save_checkpoint(run_dir, iteration, model, optimizer, args)
+            script.save_checkpoint(run_dir, iteration, model, optimizer, prompts_hash, args)
     lines = path.read_text().splitlines()
     before, after = json.loads(lines[0]), json.loads(lines[-1])
     for name in sorted(before.keys() & after.keys() - {"iteration"}):
