@@ -2,7 +2,7 @@
 of coloured shapes.
 
     python tiny_sd3/make.py     # everything, with the seed and settings of the committed files
-    python tiny_sd3/make.py --wrong 0.3 --out /tmp/w30 --clean tiny_sd3/clean     # other captions
+    python tiny_sd3/make.py --wrong 0.3 --out other --clean tiny_sd3/clean     # other captions
 
 The world: 64 x 64 images, one to three circles, squares or triangles in six colours on a light
 ground, and GenEval's task types. The transformer first learns to read and draw from true
