@@ -6,8 +6,6 @@ same weights, eager and as its flags say. Both take guidance in one call, a stoc
 everywhere but at the end, and no KL. An update is one gradient step on all stochastic steps.
 """
 
-import math
-
 import torch
 from real_sizes import PROMPT
 
@@ -39,7 +37,7 @@ def sde_step(x, v, sigmas, i: int, eta: float, x_next=None):
     std = g * (-dt).sqrt()
     if x_next is None:
         x_next = mean + std * torch.randn_like(mean)
-    density = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
+    density = torch.distributions.Normal(mean, std, validate_args=False).log_prob(x_next)
     return x_next, density.mean(dim=(1, 2, 3))
 
 
@@ -90,17 +88,19 @@ def their_stages(model, args):
     return (BATCH, sample), (BATCH, update)
 
 
-def rates(sampling, updating, args, timed) -> dict:
-    """Images and trained transitions a second, and what they come from."""
+def rates(sampling, updating, args, timed, theirs=None) -> dict:
+    """Images and trained transitions a second, what they come from, and ratios to `theirs`."""
     (images, sample), (paths, update) = sampling, updating
     found = {"sample": timed(sample), "update": timed(update)}
     found["images_per_s"] = images / found["sample"]["s"]
     found["transitions_per_s"] = paths * len(args.sde_steps) / found["update"]["s"]
+    for key in ("images_per_s", "transitions_per_s") if theirs else ():
+        found[f"ratio_{key}"] = found[key] / theirs[key]
     return found
 
 
-def compare(model, args, stages: dict, timed) -> dict:
-    """Their loop, ours eager and ours; ratios are ours / theirs. stages: as throughput.py's."""
+def compare(model, args, stages: dict, timed):
+    """Yields what is known after their loop, ours eager, and ours. stages: as throughput.py's."""
     (images, sample), (_, score), updating = stages.values()
 
     def sample_and_decode():
@@ -109,12 +109,12 @@ def compare(model, args, stages: dict, timed) -> dict:
 
     model.transformer.disable_gradient_checkpointing()
     with torch.compiler.set_stance("force_eager"):
-        theirs = rates(*their_stages(model, args), args, timed)
+        found = {"theirs": rates(*their_stages(model, args), args, timed)}
+        yield found
         if args.grad_checkpointing:
             model.transformer.enable_gradient_checkpointing()
-        eager = rates((images, sample_and_decode), updating, args, timed)
-    ours = rates((images, sample_and_decode), updating, args, timed)
-    found = {"theirs": theirs, "ours_eager": eager, "ours": ours}
-    for key in ("images_per_s", "transitions_per_s"):
-        found[f"ratio_{key}"] = [loop[key] / theirs[key] for loop in (eager, ours)]
-    return found
+        ours = (images, sample_and_decode), updating, args, timed, found["theirs"]
+        found["ours_eager"] = rates(*ours)
+        yield found
+    found["ours"] = rates(*ours)
+    yield found
