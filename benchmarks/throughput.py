@@ -42,7 +42,7 @@ from torch._dynamo.utils import counters
 CUDA = torch.cuda.is_available()
 KEPT = ROOT / "benchmarks/results/throughput.jsonl"
 VERSIONS = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-COLUMNS = ("s_per_image", "share", "device_s", "peak_gib", "above_gib", "simulated_gib")
+COLUMNS = ("s_per_image", "s", "device_s", "share", "peak_gib", "above_gib", "simulated_gib")
 LIMIT, MARGIN = 240, 20  # seconds of a case at most; left for it at least
 CASES = {  # name -> command, first the most telling and what needs no compiler
     "tests": "pytest -n 0 tests/test_cuda.py",

@@ -852,3 +852,22 @@ def test_throughput_prepared_run_is_one_command(tmp_path):
     assert "skipped" in first["said"] or "passed" in first["said"]
     assert second["command"] == "vgrpo.py --model sd3 --compile false" and second["small"]
     assert second["update"]["s"] > 0 and second["versions"]["torch"] == torch.__version__
+
+
+def test_throughput_table_shows_the_last_line_of_each_case_and_card(capsys):
+    """What was not measured stays empty."""
+    stage = {"s_per_image": 0.5, "s": 8.0, "device_s": 6.0, "share": 0.25, "simulated_gib": None}
+    records = [
+        {"case": "a", "card": "X", "error": "ended with 1"},
+        {"case": "a", "card": "X", "update": stage, "iteration_s": 90.0},
+        {"case": "a", "card": "Y"},
+    ]
+    throughput.table(records)
+    rows = printed_rows(capsys)
+    assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
+    cells = [cell.strip() for cell in rows[2].strip("|").split("|")]
+    titles = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    shown = {title: cell for title, cell in zip(titles, cells, strict=True) if cell}
+    expected = {"case": "a", "card": "X", "update s_per_image": "0.5", "update s": "8"}
+    expected |= {"update device_s": "6", "update share": "0.25", "iteration_s": "90"}
+    assert shown == expected
