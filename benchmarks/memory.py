@@ -181,6 +181,19 @@ def visitors_gib(args) -> tuple[float, float]:
     return sum(real.REWARDS_GB[name] for name in names) * 1e9 / GIB, sum(map(gib_of, encoders))
 
 
+def expected(script, model, args) -> dict[str, float]:
+    """stage -> GiB above what is there before it, from the kept simulation of a preset; or {}."""
+    names = ("model", "resolution", "micro_batch", "grad_checkpointing")
+    wanted = {name: getattr(args, name) for name in names} | {"script": script.__name__}
+    trained = sum(weight.numel() for weight in model.trainable.values())
+    for line in map(json.loads, KEPT.read_text(encoding="utf-8").splitlines()):
+        if wanted.items() <= line.items():
+            score = line["score"] - line["rewards"] + visitors_gib(args)[0]
+            update = line["update"] + trained * 4 / GIB  # no gradient is there when it begins
+            return {"sample": line["sample"], "score": score, "update": update}
+    return {}
+
+
 def simulate(script, kind: str, resolution: int):
     """Yields a line for each micro-batch, with checkpointing and without: GiB that are always
     there, and what each stage has above it; peak is the largest stage with all of it."""

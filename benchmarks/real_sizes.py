@@ -20,11 +20,10 @@ diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 
 SCRIPTS = {"vgrpo": vgrpo, "pave_grpo": pave_grpo}
-RESOLUTIONS = {"sd3": (512, 1024), "flux": (720, 512)}
-CASES = [(kind, name, px) for kind in RESOLUTIONS for px in RESOLUTIONS[kind] for name in SCRIPTS]
 PROMPT, GIB = "a prompt", 2**30
 REWARDS_GB = {  # of weights, as docs/rewards.md says; one visits the card with the others
     "hpsv2": 3.9, "pickscore": 3.9, "clipscore": 1.7, "imagereward": 1.8, "hpsv3": 15.5,
+    "jpeg": 0.0,
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------ models

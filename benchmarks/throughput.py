@@ -1,333 +1,349 @@
-"""Speed and memory of both scripts at the sizes of SD3.5-Medium and FLUX.1-dev, random weights.
+"""What one GPU does in each stage of an iteration, at real size, with random weights.
 
-    python benchmarks/throughput.py                   CUDA: the sweep; what is kept is skipped
-    python benchmarks/throughput.py --only "sd3-vgrpo-512-*"
-    python benchmarks/throughput.py --table           only prints the tables of the results
-    python benchmarks/throughput.py --check           FLOP rule and evaluation counts, tiny models
-    python benchmarks/throughput.py --shrink          the sweep on tiny models: a self-test
+    python benchmarks/throughput.py --minutes 8     the prepared run; what is kept is skipped
+    python benchmarks/throughput.py --table         only prints what is kept
+    python benchmarks/throughput.py --check         the FLOP rule against torch's counter
+    python benchmarks/throughput.py --shrink        the prepared run on tiny models, on a CPU too
 
-Phases are functions of vgrpo.py and pave_grpo.py under their presets, on models of real_sizes.py. A
-configuration, MODEL-SCRIPT-PX-bMICRO_BATCH[-checkpointing][-compile], is one line of
-results/throughput-DEVICE.jsonl. Seconds are medians after one call to warm up.
-  sample    one batch of a rollout with all steps of the preset, at its --sample_batch
-  update    one micro-batch of one minibatch, or of each of two where the preset has several
-  TFLOP/s   useful FLOPs (real_sizes.flops) / seconds; what checkpointing computes again is not
-  share     of the best bf16 matrix product, measured in the same process
-Not in the numbers: rewards, loading, the all-reduce of several GPUs.
+A case is a command line, and a process: an illegal memory access ends one. It calls the script's
+`sample`, `score`, `update` on a model of real_sizes.py, with fewer repetitions than an iteration:
+  sample   one batch of a rollout, with few steps; branches: of one prompt, their ratio the presets'
+  score    decoding, beside as many bytes as the rewards weigh; rewards without weights are run
+  update   one micro-batch of a minibatch, of two for several; branches: of one trained step
+The script counts the evaluations. A case is a line of results/throughput.jsonl, see `measure`.
 """
 
 import argparse
-import fnmatch
-import gc
+import itertools
 import json
+import os
+import re
+import signal
 import statistics
+import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
+import memory
+import peers
+import pytest
 import real_sizes as real
 import torch
 import transformers
-from learning import planned
-from real_sizes import CASES, GIB, NETS, PROMPT, ROOT, SCRIPTS, pave_grpo, vgrpo
+from learning import commit, planned
+from real_sizes import GIB, PROMPT, ROOT, SCRIPTS, vgrpo
+from torch._dynamo.utils import counters
 
 CUDA = torch.cuda.is_available()
-LINE = {"prompt": PROMPT}
+KEPT = ROOT / "benchmarks/results/throughput.jsonl"
 VERSIONS = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-PHASES = ("sample", "decode", "update")
+COLUMNS = ("s_per_image", "s", "device_s", "share", "peak_gib", "above_gib", "simulated_gib")
+LIMIT, MARGIN = 240, 20  # seconds of a case at most; left for it at least
+CASES = {  # name -> command, first the most telling and what needs no compiler
+    "tests": "pytest -n 0 tests/test_cuda.py -k cuda_",
+    "vgrpo-sd3": "vgrpo.py --model sd3 --compile true",
+    "vgrpo-flux-eager": "vgrpo.py --model flux --compile false",
+    "pave-sd3-eager": "pave_grpo.py --model sd3 --compile false",
+    "pave-flux-eager": "pave_grpo.py --model flux --compile false",
+    "vgrpo-sd3-24gb": "vgrpo.py --model sd3 --compile false",
+    "flow-grpo": (  # beside the loop of peers.py
+        "pave_grpo.py --model sd3 --compile true --rollout sde --splits --steps 10 "
+        "--sde_steps 0 1 2 3 4 5 6 7 8 --micro_batch 8 --ref_kl_beta 0"
+    ),
+    "vgrpo-flux": "vgrpo.py --model flux --compile true",
+    "pave-sd3": "pave_grpo.py --model sd3 --compile true",
+    "pave-flux": "pave_grpo.py --model flux --compile true",
+    "frameworks": (  # the workload that UniRL and verl-omni compare their speed with
+        "pave_grpo.py --model sd3 --compile true --resolution 384 --rollout sde --splits "
+        "--steps 10 --sde_steps 1 2 3 --eta 0.8 --guidance_scale 1 --prompts_per_iter 48 "
+        "--group_size 16 --num_minibatches 2 --micro_batch 8 --ref_kl_beta 0 --reward jpeg"
+    ),
+    "vgrpo-sd3-eager": "vgrpo.py --model sd3 --compile false",
+    "pave-sd3-24gb": "pave_grpo.py --model sd3 --compile false --reward clipscore",
+}
 
 
 # --------------------------------------------------------------------------------------- measuring
-def count_evaluations(model) -> Counter:
-    """Latents through the network from now on, "forward" alone or with a graph for "backward"."""
+def count(model) -> Counter:
+    """What a Model's network does from now on: latents "trained", with a graph for a backward
+    pass, or only "forward"; "eager" calls of blocks, which no compiled graph ran."""
     counts, velocity = Counter(), model.velocity
 
-    def counted(x_t, t, cond, initial=False):
-        kind = "backward" if torch.is_grad_enabled() else "forward"
+    def evaluate(x_t, t, cond, initial=False):
+        kind = "trained" if torch.is_grad_enabled() else "forward"
         counts[kind] += len(x_t) * len(model.guidance)
         return velocity(x_t, t, cond, initial)
 
-    model.velocity = counted
+    def watched(forward, *args, **kwargs):
+        if not torch.compiler.is_compiling():  # a traced block leaves this out
+            counts["eager"] += 1
+        return forward(*args, **kwargs)
+
+    model.velocity = evaluate
+    for net in filter(None, (model.transformer, model.initial)):
+        for block in (*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())):
+            block.forward = partial(watched, block.forward)
     return counts
 
 
-def clock() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(function, repeats: int) -> tuple[float, float | None, object]:
-    """Median seconds of a call after one to warm up, peak GiB (None without CUDA), last result."""
+def seconds_of(function) -> float:
+    start = time.perf_counter()
     function()
     if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def timed(function) -> dict:
+    """Seconds of the first call, the median of later ones; GiB at most, and above those before."""
+    first, later = seconds_of(function), []
+    before = torch.cuda.memory_allocated() / GIB
+    if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        start = clock()
-        result = function()
-        seconds.append(clock() - start)
-    peak = torch.cuda.max_memory_allocated() / GIB if CUDA else None
-    return statistics.median(seconds), peak, result
+    while len(later) < 5 and sum(later) < 3:
+        later.append(seconds_of(function))
+    found = {"first_s": first, "s": statistics.median(later), "repeats": len(later)}
+    peak = torch.cuda.max_memory_allocated() / GIB  # 0 without CUDA
+    return found | {"peak_gib": peak, "above_gib": peak - before}
 
 
-def matmul_peak(device: torch.device, dtype=torch.bfloat16) -> float:
-    """TFLOP/s of the best of three sizes of a matrix product."""
+def device_seconds(function) -> float:
+    """Seconds of a call in which the device worked, by torch.profiler; without CUDA, the CPU."""
+    kind = "CUDA" if CUDA else "CPU"
+    activity = getattr(torch.profiler.ProfilerActivity, kind)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        seconds_of(function)
+    spans = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type().name == kind and not event.is_user_annotation():
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    return covered(spans) / 1e9
+
+
+def covered(spans: list[tuple[int, int]]) -> int:
+    """Length of the union of intervals: kernels that overlap count once."""
+    total = reached = 0
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def matmul_peak(device: torch.device) -> float:
+    """TFLOP/s of the better of two sizes of a bf16 matrix product."""
     best = 0.0
-    on_cuda, on_cpu = ((4096, 50), (8192, 20), (16384, 5)), ((256, 20), (512, 10), (1024, 5))
-    for side, products in on_cuda if CUDA else on_cpu:
-        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-        def run(a=a, b=b, n=products):
-            for _ in range(n):
-                torch.mm(a, b)
-
-        best = max(best, 2 * side**3 * products / timed(run, 5)[0] / 1e12)
+    for side in (8192, 16384) if CUDA else (256,):
+        a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+        best = max(best, 2 * side**3 / timed(partial(torch.mm, a, a))["s"] / 1e12)
     return best
 
 
-def configure(c: dict, small: bool):
-    """The script and the flags of a configuration."""
-    script = SCRIPTS[c["script"]]
-    sizes = {"model": c["model"], "micro_batch": c["micro_batch"]}
-    args = script.Config(**script.PRESETS[c["model"]] | c["flags"] | sizes)
-    # two minibatches stand for several: theta_old is scored as in the preset
-    changes = {"num_minibatches": min(2, args.num_minibatches)}
+def measure(model, counts: Counter, args, images: int, function, peak: float) -> dict:
+    """A stage: what `timed` says, evaluations of one call, the share of `peak`, TFLOP/s, by useful
+    FLOPs, and by those of the forward passes that checkpointing repeats, which are not useful.
+    device_s is when the device worked: s - device_s is how long it waited for its host.
+    With --compile: the first call's excess, graphs made, breaks in them, blocks that ran eager."""
+    counters.clear()
+    counts.clear()
+    found = {"images": images} | timed(function)
+    if args.compile:
+        found["compile_s"] = found["first_s"] - found["s"]
+        found["graphs"] = counters["stats"]["unique_graphs"]
+        found["breaks"] = sum(counters["graph_break"].values())
+        found["eager_calls"] = counts["eager"]
+    calls = found["repeats"] + 1
+    trained, others = counts["trained"] // calls, counts["forward"] // calls
+    sizes = (args.resolution, real.context_tokens(args), args.lora_rank)
+    forward, backward = real.flops(args.model, model.transformer.config, *sizes)
+    useful = forward * (trained + others) + backward * trained
+    repeated = forward * trained * args.grad_checkpointing
+    found |= {"evaluations": trained + others, "trained": trained}
+    found["share"] = useful / found["s"] / 1e12 / peak
+    found["repeated_share"] = repeated / found["s"] / 1e12 / peak
+    found["device_s"] = device_seconds(function)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ a case
+def configure(command: str, small: bool):
+    """The script of a command, its flags, and the same with fewer repetitions (see the top)."""
+    name, *words = command.split()
+    script = SCRIPTS[name.removesuffix(".py")]
+    full = script.parse_args(words)
     if small:
-        changes |= {"resolution": 64, "max_sequence_length": 8, "lora_rank": 4}
-        changes |= {"sample_batch": 4, "group_size": 4, "steps": 4}
-    if small and script is pave_grpo:
-        changes["sde_steps"] = [0, 2]
-    return script, replace(args, **changes)
-
-
-def methods(script, model, args, draw):
-    """Two phases of an iteration as main runs them: one batch of a rollout, and one micro-batch of
-    each minibatch. Returns (images, function) to sample and to update; the first gives latents."""
-    shape, device = model.latent_shape, model.device
-    n = args.micro_batch * args.num_minibatches  # images, or starts of branches
-    sigmas = script.sigma_grid(args.steps, args.shift)
-    flags = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": CUDA}
-    optimizer = torch.optim.AdamW(model.trainable.values(), **flags)
-
-    def noise(*sizes):
-        return torch.randn(*sizes, *shape, generator=draw).to(device)
-
-    if script is vgrpo:
-        starts = args.sample_batch
-        images = starts, n
-        x = noise(starts)
-        kind = (args.stratified, args.group_shared_pairs)
-        pairs = vgrpo.draw_pairs(sigmas, args.num_pairs, n, 1, shape, draw, *kind)
-        stored = noise(n), *pairs, torch.randn(n, generator=draw).to(device)
+        sizes = {"resolution": 64, "max_sequence_length": 8, "lora_rank": 4}
+        full = replace(full, **sizes, sample_batch=4, group_size=4, micro_batch=2)
+    changes = {"prompts_per_iter": 1, "num_minibatches": min(2, full.num_minibatches)}
+    if getattr(full, "rollout", "") == "branch":  # one call of a path to five of its branches
+        changes |= {"steps": 6, "sde_steps": [0]}
     else:
-        K, M = len(args.sde_steps), args.group_size
-        starts = max(1, args.sample_batch // M)
-        images = starts * K * M, n * K * M
-        kind = (args.eta, args.transition)
-        inputs = noise(starts), sigmas, args.sde_steps, noise(starts, K, M), *kind
-        x_t = noise(n, K)
-        x_s = x_t[:, :, None] + 0.1 * noise(n, K, M)
-        stored = x_t, x_s, torch.randn(n, K, M, generator=draw).to(device)
+        changes["group_size"] = full.sample_batch
+    if script is vgrpo:
+        changes["steps"] = full.num_pairs
+    return script, full, replace(full, **changes)
+
+
+def stages(script, model, args, visitors: int = 0) -> dict:
+    """name -> (images, function) of an iteration's stages, in their order; visitors: bytes."""
+    weights, known = model.trainable.values(), vgrpo.rewards.REWARDS
+    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=args.weight_decay, fused=CUDA)
+    sigmas, line = script.sigma_grid(args.steps, args.shift), {"prompt": PROMPT}
+    weightless = {name: known[name] for name in args.reward.split(",") if name in known}
+    images = args.images_per_prompt()
+    rows = args.micro_batch * args.num_minibatches
+    sampled = []
+
+    def sample():
+        sampled[:] = script.sample(model, {0: line}, sigmas, args, 1)
 
     @torch.no_grad()
-    def sample():
-        velocity_fn = model.velocity_fn([LINE] * starts)
-        if script is vgrpo:
-            return vgrpo.ode_sample(velocity_fn, x, sigmas, args.solver)
-        return pave_grpo.branch_rollout(velocity_fn, *inputs)[0].view(-1, *shape)
+    def score():
+        held = torch.empty(visitors, dtype=torch.uint8, device=model.device)
+        script.score(model, sampled[1], sampled[0], weightless, args)
+        del held
 
     def update():
-        return script.update(model, optimizer, [LINE] * n, *stored, args)
+        stored = sampled[1:] if script is vgrpo else sampled[2:]
+        data = [part[torch.arange(rows) % len(part)] for part in stored]  # as often as it takes
+        sizes = (rows,) if script is vgrpo else data[1].shape[:3]
+        adv = torch.randn(sizes, generator=vgrpo.generator_for("adv")).to(model.device)
+        script.update(model, optimizer, [line] * rows, *data, adv, args)
 
-    return (images[0], sample), (images[1], update)
-
-
-def measure(model, script, args, repeats: int, record: dict, peak: float) -> None:
-    """Times the phases and fills `record`, so that an error keeps what came before it."""
-    counts, draw = count_evaluations(model), vgrpo.generator_for("throughput")
-    cond = model.encode([PROMPT])
-    kind = "flux" if model.is_flux else "sd3"
-    sizes = (args.resolution, cond[0].shape[1], args.lora_rank)
-    forward, backward = real.flops(kind, model.transformer.config, *sizes)
-
-    def phase(name: str, images: int, function):
-        record["phase"] = name
-        counts.clear()
-        seconds, memory, result = timed(function, repeats)
-        found = {"images": images, "s": seconds, "peak_gib": memory}
-        found["s_per_image"] = seconds / images
-        if counts:
-            evaluations = {kind: n // (repeats + 1) for kind, n in counts.items()}
-            useful = forward * sum(evaluations.values()) + backward * evaluations.get("backward", 0)
-            tflops = useful / seconds / 1e12
-            found |= {"evaluations": evaluations, "tflops": tflops, "share": tflops / peak}
-        record[name] = found
-        return result
-
-    @torch.no_grad()
-    def decode():
-        model.decode(latents)
-
-    sampling, updating = methods(script, model, args, draw)
-    latents = phase("sample", *sampling)[: args.sample_batch]
-    phase("decode", len(latents), decode)
-    phase("update", *updating)
-    del record["phase"]
+    trained = rows * images if getattr(args, "rollout", "") == "branch" else rows
+    return {"sample": (images, sample), "score": (images, score), "update": (trained, update)}
 
 
-# ------------------------------------------------------------------------------------------- sweep
-def name_of(kind, script, px, batch, checkpointing: bool, compiled: bool) -> str:
-    more = "-checkpointing" * checkpointing + "-compile" * compiled
-    return f"{kind}-{script}-{px}-b{batch}{more}"
+def run_case(name: str, small: bool, write=print) -> None:
+    """Measures a case, and writes a line of JSON, all that is known of it, after each stage."""
+    if name == "tests":
+        sys.exit(pytest.main(CASES[name].split()[1:]))
+    script, full, args = configure(CASES[name], small)
+    device = script.start_processes(args)
+    if CUDA and name.endswith("24gb"):  # of which the context takes half a GiB: assumed
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((24e9 - GIB / 2) / total)
+    if small:  # needs no compiler
+        torch.compiler.set_stance("default", force_backend="eager")
+    record = {"matmul_tflops": matmul_peak(device), "settings": asdict(args)}
+    model = real.build_model(script, args, device, small)
+    visitors = [0 if small else int(gib * GIB) for gib in memory.visitors_gib(args)]
+    torch.empty(visitors[1], dtype=torch.uint8, device=device)  # the text encoders must fit
+    parts = stages(script, model, args, visitors[0])
+    if name == "flow-grpo":
+        for found in peers.compare(model, args, parts, timed):
+            write(json.dumps(record | found))
+        return
+    simulated = {} if small else memory.expected(script, model, full)
+    evaluations = {"sample": planned(full)[1], "update": planned(full)[2]}
+    counts, seconds = count(model), 0
+    for stage, (images, function) in parts.items():
+        found = measure(model, counts, args, images, function, record["matmul_tflops"])
+        found["s_per_image"] = found["s"] / images
+        if stage in evaluations:  # of all the preset's steps
+            done = found["evaluations"] / real.calls(args) / images
+            found["s_per_image"] *= evaluations[stage] / done
+        record[stage] = found | {"simulated_gib": simulated.get(stage)}
+        seconds += found["s_per_image"]
+        write(json.dumps(record))
+    record["iteration_s"] = seconds * full.prompts_per_iter * full.images_per_prompt()
+    write(json.dumps(record | {"images_per_gpu_hour": 3600 / seconds}))
 
 
-def presets() -> list[str]:
-    """Names of the presets' own configurations, at each resolution; on CUDA these compile."""
-    names = []
-    for kind, script, px in CASES:
-        args = SCRIPTS[script].Config(**SCRIPTS[script].PRESETS[kind])
-        names.append(name_of(kind, script, px, args.micro_batch, args.grad_checkpointing, True))
-    return names
+# ------------------------------------------------------------------------------------------ the run
+def start(name: str, small: bool) -> subprocess.Popen:
+    """The process of a case. It imports all, waits for a line, then takes the device."""
+    command = [sys.executable, "-u", __file__, "--case", name, *["--shrink"] * small]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, start_new_session=True)
 
 
-def configurations() -> dict[str, dict]:
-    """name -> configuration; the presets' own first, then micro-batches, checkpointing, compile."""
-    found = {}
-    for checkpointing, compiled in ((True, True), (True, False), (False, True), (False, False)):
-        for batch in (4, 1, 2, 8):
-            for kind, script, px in CASES:
-                flags = {"resolution": px, "grad_checkpointing": checkpointing, "compile": compiled}
-                c = {"model": kind, "script": script, "micro_batch": batch, "flags": flags}
-                found[name_of(kind, script, px, batch, checkpointing, compiled)] = c
-    return {name: found[name] for name in presets()} | found
+def finish(process: subprocess.Popen, seconds: float) -> dict:
+    """What a case wrote last, with "error" if it failed or took too long."""
+    try:
+        out, err = process.communicate("go\n", timeout=seconds)
+        failed = f"ended with {process.returncode}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
+        out, err = process.communicate()
+        failed = f"stopped after {seconds:.0f} s"
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    record = records[-1] if records else {"said": out.strip().rpartition("\n")[2]}
+    if failed:
+        print(out[-2000:], err[-4000:], sep="\n", file=sys.stderr)
+        causes = re.findall(r"^\S*Error: .*", err, re.MULTILINE)
+        record["error"] = " ".join([failed, *causes[-1:]])[:300]
+    return record
 
 
-def sweep(options, device: torch.device, path: Path) -> bool:
-    """Adds a record for every configuration of --only that is not there yet. True if all went well:
-    memory that runs out, and any other error, is recorded and the sweep goes on."""
-    records, good = load(path), True
-    peak = matmul_peak(device)
-    base = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "matmul_tflops": peak}
-    base |= {"small": options.shrink, "repeats": options.repeats, "versions": VERSIONS}
-    print(f"{base['device']}: {peak:.2f} TFLOP/s in the best bf16 matrix product")
-    for name, c in configurations().items():
-        done = "error" not in records.get(name, {"error": "not there yet"})
-        if done or not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
-            continue
-        record = {"name": name} | base
-        try:
-            script, args = configure(c, options.shrink)
-            record |= {"settings": asdict(args), "phase": "build"}
-            model = real.build_model(script, args, device, options.shrink)
-            measure(model, script, args, options.repeats, record, peak)
-        except Exception as error:  # a sweep on a lent GPU must not end with its first surprise
-            text = f"{type(error).__name__}: {error}"[:300]
-            no_memory = "out of memory" in text or "ALLOC_FAILED" in text
-            record["oom" if no_memory else "error"] = text
-            if not no_memory:
-                traceback.print_exc()
-                good = False
-        model = None  # gives back what this configuration held
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-        append(path, record)
+def to_run(names: list[str], records: list[dict], origin: dict) -> list[str]:
+    """Those cases that have no good line of this card, code, versions and size."""
+    same = [record for record in records if origin.items() <= record.items()]
+    done = {record["case"] for record in same if "error" not in record}
+    return [name for name in names if name not in done]
+
+
+def run_all(names: list[str], minutes: float, path: Path, origin: dict) -> bool:
+    """Runs cases, one after the other, while there is time. True if none failed."""
+    end, good = time.monotonic() + 60 * minutes, True
+    following = start(names[0], origin["small"]) if names else None
+    for name, after in itertools.zip_longest(names, names[1:]):
+        process, left = following, end - time.monotonic()
+        if left < MARGIN:
+            process.stdin.close()
+            print(f"no time for {name} and what follows")
+            break
+        following = start(after, origin["small"]) if after else None
+        found = finish(process, min(left, LIMIT))
+        record = {"case": name, "command": CASES[name]} | origin | found
+        with path.open("a", encoding="utf-8") as file:
+            print(json.dumps(record), file=file)
+        print(name, record.get("error", "measured"), flush=True)
+        good = good and "error" not in record
     return good
 
 
-def append(path: Path, record: dict) -> None:
-    with path.open("a") as file:
-        print(json.dumps(record), file=file)
-    print(record["name"], record.get("oom") or record.get("error") or "measured", flush=True)
-
-
-def load(path: Path) -> dict[str, dict]:
-    """name -> its last record."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["name"]: record for record in map(json.loads, lines)}
-
-
-# ----------------------------------------------------------------------------------------- reports
-def table(records: dict[str, dict]) -> None:
-    """Each preset as it is, measured or not, then whatever else was measured."""
-    formats = {"s_per_image": "{:.3g}", "tflops": "{:.3g}", "share": "{:.0%}", "peak_gib": "{:.1f}"}
-    columns = [(phase, key) for phase in PHASES for key in formats]
-    titles = ["configuration", *(f"{phase} {key}" for phase, key in columns)]
-    print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
-    for name, record in ({key: {} for key in presets()} | records).items():
-        failed = "oom" if "oom" in record else "error" if "error" in record else "not measured"
-        cells = []
-        for phase, key in columns:
-            value = record.get(phase, {}).get(key)
-            absent = "" if phase in record else failed
-            cells.append(absent if value is None else formats[key].format(value))
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-def check() -> None:
-    """Sizes of the real models; on tiny ones FLOPs by torch's counter, evaluations as planned."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for kind, low, high in (("sd3", 2.2, 2.5), ("flux", 11.8, 12.0)):
-        make = lambda kind=kind: NETS[kind](**real.REAL[kind])  # noqa: E731
-        network = real.build(make, torch.bfloat16, torch.device("meta"))
-        number = sum(weight.numel() for weight in network.parameters()) / 1e9
-        print(f"{kind}: {number:.3f} B parameters")
-        assert low < number < high, f"{kind} has {number} B parameters"
-    for kind, name, _ in CASES[:2] + CASES[4:6]:
-        flags = {"grad_checkpointing": False}  # torch's counter would count what it repeats
-        c = {"model": kind, "script": name, "micro_batch": 4, "flags": flags}
-        script, args = configure(c, True)
-        model = real.build_model(script, args, torch.device("cpu"), True, torch.float32)
-        x, t, cond = torch.randn(1, *model.latent_shape), torch.tensor(0.5), model.encode([PROMPT])
-        sizes = (args.resolution, real.context_tokens(args), args.lora_rank)
-        ours = real.flops(kind, model.transformer.config, *sizes)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            v = model.velocity(x, t, cond)
-            forward = counter.get_total_flops()
-            v.sum().backward()
-        theirs = (forward, counter.get_total_flops() - forward)
-        for what, a, b in zip(("forward", "backward"), ours, theirs, strict=True):
-            a *= real.calls(args)
-            print(f"{kind} {what}: {a:,} FLOPs by the rule, {b:,} by torch's counter")
-            assert abs(a / b - 1) < 0.01, f"{kind} {what}: {a} FLOPs by the rule, {b} counted"
-        counts, draw = count_evaluations(model), vgrpo.generator_for("check")
-        phases = methods(script, model, args, draw)
-        for (images, function), nfe in zip(phases, planned(args)[1:], strict=True):
-            counts.clear()
-            function()
-            found, expected = sum(counts.values()), real.calls(args) * images * nfe
-            print(f"{kind} {name}: {found} evaluations, planned {expected:g}")
-            assert abs(found - expected) < 1e-6
+def table(records: list[dict]) -> None:
+    """The last line of each case and card."""
+    columns = list(itertools.product(("sample", "score", "update"), COLUMNS))
+    print("| " + " | ".join(["case", "card", *map(" ".join, columns), "iteration_s"]) + " |")
+    print("|" + "---|" * (len(columns) + 3))
+    for (name, card), record in {(r["case"], r["card"]): r for r in records}.items():
+        values = [record.get(stage, {}).get(key) for stage, key in columns]
+        values.append(record.get("iteration_s"))
+        cells = [name, card, *("" if value is None else f"{value:.3g}" for value in values)]
+        print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of configurations")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls; the median counts")
-    parser.add_argument("--results", type=Path, help="default: results/throughput-DEVICE.jsonl")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--minutes", type=float, default=60, help="no case goes on for longer")
+    parser.add_argument("--results", type=Path, help="file of lines; default: none with --shrink")
+    parser.add_argument("--case", choices=CASES, help="this case alone, after a line on stdin")
     for name in ("shrink", "table", "check"):
         parser.add_argument(f"--{name}", action="store_true")
-    options, folder = parser.parse_args(), ROOT / "benchmarks/results"
+    options = parser.parse_args()
     if options.check:
-        return check()
+        sys.exit(pytest.main(["-n", "0", f"{ROOT}/tests/test_benchmarks.py", "-k", "throughput"]))
+    if options.case:
+        if sys.stdin.readline():  # nothing: the run has ended without it
+            run_case(options.case, options.shrink)
+        return
+    path = options.results or (Path(os.devnull) if options.shrink else KEPT)
+    records = [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
     if options.table:
-        paths = [options.results] if options.results else sorted(folder.glob("throughput-*.jsonl"))
-        return table({name: found for path in paths for name, found in load(path).items()})
-    device = torch.device("cuda" if CUDA else "cpu")
-    slug = torch.cuda.get_device_name().replace(" ", "_") if CUDA else "cpu"
-    usual = (ROOT / "runs" if options.shrink else folder) / f"throughput-{slug}.jsonl"
-    path = options.results or usual
-    path.parent.mkdir(exist_ok=True)
+        return table(records)
     if not (CUDA or options.shrink):
-        parser.error("the sweep needs a CUDA device; --shrink runs it on tiny models.")
-    sys.exit(not sweep(options, device, path))
+        parser.error("this needs a CUDA device; --shrink runs it on tiny models.")
+    card = torch.cuda.get_device_name() if CUDA else "cpu"
+    origin = {"card": card, "code": commit(), "versions": VERSIONS, "small": options.shrink}
+    names = to_run(options.only, records, origin)
+    sys.exit(not run_all(names, options.minutes, path, origin))
 
 
 if __name__ == "__main__":

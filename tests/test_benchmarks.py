@@ -1,34 +1,33 @@
-"""The rivals, the figures, and the tables of the docs."""
+"""The rivals, the figures, the tables of the docs, and what is measured on a GPU."""
 
 import functools
 import itertools
 import json
 import math
+import subprocess
+import sys
 import types
+from dataclasses import replace
 
 import curves
 import learning
+import memory
+import peers
 import pytest
+import real_sizes as real
 import rivals
+import throughput
 import torch
 import variance
 from conftest import DOCS, SMALL, run, sgd, untimed
+from torch._dynamo import config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import pave_grpo
 import rewards
 import vgrpo
 from test_equivalence import F64, ROOT, SHAPE, Linear, close, gen, mutant, randn
-
-
-def test_throughput_counts_flops_and_evaluations(monkeypatch):
-    """benchmarks/throughput.py --check: its FLOP rule against torch's counter, evaluations against
-    `sizes`.
-    """
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import throughput
-
-    throughput.check()
-
 
 ADV = torch.tensor([1.3, -0.4, 0.2, -2.5], dtype=F64)
 
@@ -456,13 +455,13 @@ def test_documented_variance_is_what_the_results_say(capsys):
 
 
 def test_every_result_names_its_run_and_every_script_is_listed():
-    """At most 15 files, 9 scripts and 2,200 lines; benchmarks/README.md names each of them."""
+    """At most 15 files, 10 scripts and 2,350 lines; benchmarks/README.md names each of them."""
     folder = ROOT / "benchmarks"
     files, programs = sorted((folder / "results").iterdir()), sorted(folder.glob("*.py"))
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert len(files) <= 15 and len(programs) <= 9
+    assert len(files) <= 15 and len(programs) <= 10
     lines = [line for path in programs for line in path.read_text().splitlines()]
-    assert len(lines) <= 2200 and max(map(len, lines)) <= 100
+    assert len(lines) <= 2350 and max(map(len, lines)) <= 100
     for path in files:
         assert path.suffix == ".jsonl" and path.name in text, path
         runs = [json.loads(line) for line in path.read_text().splitlines()]
@@ -541,3 +540,334 @@ def test_documented_choice_of_defaults_is_that_of_the_kept_runs(capsys):
     for name, count in (("vgrpo-shapes_all", "five"), ("pave_grpo-shapes_train", "three")):
         values = ends[name, "c543235"]
         assert f"| {min(values):.2f} to {max(values):.2f} ({count}) |" in DOCS
+
+
+@pytest.fixture
+def small_case():
+    """name -> (script, model, args, stages) of a case of throughput.py on the CPU, in fp32."""
+
+    def build(name, **changes):
+        script, _, args = throughput.configure(throughput.CASES[name], small=True)
+        args = replace(args, compile=False, **changes)
+        model = real.build_model(script, args, torch.device("cpu"), True, torch.float32)
+        return script, model, args, throughput.stages(script, model, args)
+
+    return build
+
+
+PRESETS = ("vgrpo-sd3", "vgrpo-flux", "pave-sd3", "pave-flux")
+
+
+def test_throughput_real_sizes_are_those_of_the_model_cards():
+    for kind, low, high in (("sd3", 2.2, 2.5), ("flux", 11.8, 12.0)):
+        with torch.device("meta"):
+            network = real.NETS[kind](**real.REAL[kind])
+        assert low < sum(weight.numel() for weight in network.parameters()) / 1e9 < high
+
+
+@pytest.mark.parametrize("name", ["vgrpo-sd3", "vgrpo-flux", "pave-sd3"])
+def test_throughput_counts_flops_as_torch_does(name, small_case):
+    """The rule of real_sizes.py against torch's counter, forward and backward, to 1 %. Without
+    checkpointing, since the counter counts what that repeats.
+    """
+    _, model, args, _ = small_case(name, grad_checkpointing=False)
+    x, cond = torch.randn(1, *model.latent_shape), model.encode([real.PROMPT])
+    sizes = (args.resolution, real.context_tokens(args), args.lora_rank)
+    ours = real.flops(args.model, model.transformer.config, *sizes)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        v = model.velocity(x, torch.tensor(0.5), cond)
+        forward = counter.get_total_flops()
+        v.sum().backward()
+    theirs = (forward, counter.get_total_flops() - forward)
+    for rule, counted in zip(ours, theirs, strict=True):
+        rule *= real.calls(args)
+        print(f"{name}: {rule:,} FLOPs by the rule, {counted:,} by torch's counter")
+        assert rule == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "frameworks"])
+def test_throughput_counts_the_scripts_evaluations(name, small_case):
+    """Each stage's count is that of model.evaluations, and what `planned` says of its images."""
+    _, model, args, stages = small_case(name)
+    counts, plan = throughput.count(model), learning.planned(args)
+    for stage, (images, function) in stages.items():
+        before = model.evaluations
+        counts.clear()
+        function()
+        found = counts["trained"] + counts["forward"]
+        wanted = {"sample": plan[1], "score": 0, "update": plan[2]}[stage]
+        assert found == model.evaluations - before
+        assert found == pytest.approx(real.calls(args) * images * wanted)
+        several = args.num_minibatches > 1
+        theta_old = counts["forward"] == counts["trained"]  # scored first, by as many
+        reference = bool(args.ref_kl_beta)
+        assert stage != "update" or theta_old == several or reference
+
+
+def one_second(function):
+    function()
+    function()
+    return {"first_s": 9.0, "s": 1.0, "repeats": 1, "peak_gib": 3.0, "above_gib": 2.0}
+
+
+def in_process(monkeypatch, name, compiled):
+    """The last line of a case at small size, its stages called twice, and the number of lines."""
+    written, command = [], throughput.CASES[name]
+    if not compiled:
+        command = command.replace("--compile true", "--compile false")
+    monkeypatch.setitem(throughput.CASES, name, command)
+    for script in (vgrpo, pave_grpo):  # fewer layers to trace
+        monkeypatch.setattr(script, "ATTENTION", ["to_q"])
+        monkeypatch.setattr(script, "FEED_FORWARD", [])
+    monkeypatch.setattr(throughput, "timed", one_second)
+    monkeypatch.setattr(throughput, "matmul_peak", lambda device: 1e-3)
+    torch._dynamo.reset()
+    with config.patch(recompile_limit=8), torch.compiler.set_stance("default"):
+        throughput.run_case(name, True, written.append)
+    torch._dynamo.reset()
+    return json.loads(written[-1]), len(written)
+
+
+@pytest.mark.parametrize("name", ["vgrpo-flux", pytest.param("pave-sd3", marks=pytest.mark.slow)])
+def test_throughput_share_is_of_useful_flops_and_an_iteration_of_all_steps(name, monkeypatch):
+    """Two minibatches, theta_old, the initial model and guidance, by hand from the counts; every
+    block runs in a compiled graph.
+    """
+    record, lines = in_process(monkeypatch, name, compiled=True)
+    assert lines == 4, "a line for each stage, and the iteration's"
+    script, full, args = throughput.configure(throughput.CASES[name], small=True)
+    network = real.config_of(args.model, True)
+    sizes = (args.resolution, real.context_tokens(args), args.lora_rank)
+    forward, backward = real.flops(args.model, network, *sizes)
+    rows = args.micro_batch
+    if script is vgrpo:  # 2 minibatches, 4 pairs
+        trained, others = 2 * rows * 4, 2 * rows * 4
+    else:  # k = 1, 2, 3 take four evaluations; the initial model has one; each is guided
+        trained, others = 2 * rows * 4, 2 * rows
+    update = record["update"]
+    assert (update["trained"], update["evaluations"]) == (trained, trained + others)
+    useful = (trained + others) * forward + trained * backward
+    assert update["share"] == pytest.approx(useful / 1e9)
+    assert update["repeated_share"] == pytest.approx(trained * forward / 1e9)
+    assert 0 < update["device_s"]
+    for stage in ("sample", "update"):
+        assert record[stage]["graphs"] > 1 and record[stage]["compile_s"] == 8
+        assert record[stage]["breaks"] == 0 and record[stage]["eager_calls"] == 0
+    plan, small = learning.planned(full), learning.planned(args)
+    sample = 1.0 / record["sample"]["images"] * plan[1] / small[1]
+    seconds = sample + 1.0 / record["score"]["images"]
+    seconds += 1.0 / update["images"] * plan[2] / small[2]
+    assert record["sample"]["s_per_image"] == pytest.approx(sample)
+    assert record["iteration_s"] == pytest.approx(
+        seconds * full.prompts_per_iter * full.images_per_prompt()
+    )
+    assert record["images_per_gpu_hour"] == pytest.approx(3600 / seconds)
+
+
+def test_throughput_names_blocks_that_fall_back_to_eager(small_case):
+    """All calls of blocks without --compile; those beyond dynamo's limit with it."""
+    _, model, args, stages = small_case("vgrpo-sd3")
+    args = replace(args, compile=True)
+    counts = throughput.count(model)
+    images, sample = stages["sample"]
+    plain = throughput.measure(model, counts, args, images, sample, 1.0)
+    calls = 3 * args.steps * (plain["repeats"] + 1)  # of three blocks
+    assert plain["eager_calls"] == calls and plain["graphs"] == 0
+    torch._dynamo.reset()
+    for block in model.transformer.transformer_blocks:
+        block.compile(dynamic=False, backend="eager")
+    with config.patch(recompile_limit=1):
+        limited = throughput.measure(model, counts, args, images, sample, 1.0)
+    torch._dynamo.reset()
+    print({k: limited[k] for k in ("graphs", "breaks", "eager_calls")}, calls)
+    assert limited["graphs"] == 1 and 0 < limited["eager_calls"] < calls
+
+
+def test_throughput_device_time_is_the_union_of_its_kernels():
+    assert throughput.covered([(5, 9), (0, 2), (1, 4), (6, 7), (9, 10)]) == 9
+    assert throughput.covered([]) == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_throughput_finds_the_kept_simulation_of_each_preset(name):
+    """Rewards are as many bytes as visit; gradients, which the simulation has before, come on top."""
+    command = throughput.CASES[name]
+    script = real.SCRIPTS[command.split(".py")[0]]
+    args = script.parse_args(command.split()[1:])
+    weights = {"lora": torch.empty(2**18)}  # 1 MiB
+    found = memory.expected(script, types.SimpleNamespace(trainable=weights), args)
+    lines = [json.loads(line) for line in memory.KEPT.read_text().splitlines()]
+    names = ("model", "resolution", "micro_batch", "grad_checkpointing")
+    (line,) = [
+        line
+        for line in lines
+        if line["script"] == script.__name__
+        and all(line[key] == getattr(args, key) for key in names)
+    ]
+    assert found["sample"] == line["sample"] and found["score"] == pytest.approx(line["score"])
+    assert found["update"] - line["update"] == pytest.approx(2**-10)
+    other = replace(args, resolution=256)
+    assert memory.expected(script, types.SimpleNamespace(trainable=weights), other) == {}
+
+
+CASE = """import json, sys, time
+name = sys.argv[sys.argv.index("--case") + 1]
+if sys.stdin.readline():
+    print(json.dumps({"sample": {"s": 1.0}}), flush=True)
+    if name == "a-slow":
+        time.sleep(60)
+    if name == "a-broken":
+        raise RuntimeError("CUDA error: an illegal memory access")
+    print(json.dumps({"sample": {"s": 1.0}, "update": {"s": 2.0}}), flush=True)
+"""
+
+
+def test_throughput_keeps_what_failed_goes_on_and_skips_what_is_kept(tmp_path, monkeypatch):
+    """Cases in processes of their own: one that breaks and one that takes too long leave what they
+    had, and the next ones run. Good ones of the same card, code and size are not run again.
+    """
+    fake, path = tmp_path / "case.py", tmp_path / "lines.jsonl"
+    fake.write_text(CASE)
+    names = ["a-broken", "a-slow", "a-good", "b-good"]
+    monkeypatch.setattr(throughput, "__file__", str(fake))
+    monkeypatch.setattr(throughput, "CASES", dict.fromkeys(names, "x.py"))
+    monkeypatch.setattr(throughput, "LIMIT", 2)
+    origin = {"card": "c", "code": "1", "versions": {}, "small": True}
+    assert not throughput.run_all(names, 1, path, origin)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["case"] for record in records] == names
+    assert all(origin.items() <= record.items() for record in records)
+    assert records[0]["error"].endswith("RuntimeError: CUDA error: an illegal memory access")
+    assert records[1]["error"] == "stopped after 2 s"
+    assert [list(record.get("update", {})) for record in records] == [[], [], ["s"], ["s"]]
+    assert records[0]["sample"] == {"s": 1.0} and "error" not in records[2]
+    assert throughput.to_run(names, records, origin) == ["a-broken", "a-slow"]
+    assert throughput.to_run(names, records, origin | {"code": "2"}) == names
+    before = path.read_text()
+    assert throughput.run_all(["b-good"], 0.1, path, origin), "6 s are less than the margin"
+    assert path.read_text() == before
+
+
+def flow_grpo(small_case, **changes):
+    """Flow-GRPO's loop and pave_grpo.py on one small model, LoRA's both halves not zero."""
+    changes = {"steps": 4, "sde_steps": [0, 1, 2], "micro_batch": 4} | changes
+    _, model, args, _ = small_case("flow-grpo", **changes)
+    for weight in model.trainable.values():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=gen(weight.numel()))
+    return model, args, peers.prompt_embeddings(model, args.sample_batch)
+
+
+def gradients(model):
+    return torch.cat([weight.grad.flatten() for weight in model.trainable.values()])
+
+
+def test_throughput_flow_grpos_step_is_pave_grpos(small_case):
+    """One transition on the same weights and noise, guided, at sigma = 1 and later: outcome,
+    log-density and gradient of two implementations.
+    """
+    model, args, embeddings = flow_grpo(small_case)
+    model.pipe.scheduler.set_timesteps(args.steps)
+    sigmas, timesteps = model.pipe.scheduler.sigmas, model.pipe.scheduler.timesteps
+    x, x_next = torch.randn(2, 4, *model.latent_shape, generator=gen(3))
+    velocity_fn = model.velocity_fn([{"prompt": real.PROMPT}] * 4)
+    for i in range(3):
+        v = peers.velocity(model.pipe, x, timesteps[i], embeddings, args.guidance_scale)
+        _, theirs = peers.sde_step(x, v, sigmas, i, args.eta, x_next)
+        theirs.sum().backward()
+        expected = gradients(model)
+        model.transformer.zero_grad()
+        step = (x, *sigmas[i : i + 2], [], args.eta, sigmas[1])
+        transitions = pave_grpo.decomposed_transitions(velocity_fn, *step)
+        (ours,) = pave_grpo.score_transitions(transitions, x_next[:, None])
+        ours.sum().backward()
+        close(ours.detach(), theirs.detach(), 1e-5, f"log-density of step {i}")
+        error = (gradients(model) - expected).norm() / expected.norm()
+        model.transformer.zero_grad()
+        print(f"step {i}: relative error of the gradient {error:.1e}")
+        assert error < 1e-4 and expected.norm() > 1e-3
+        torch.manual_seed(5)
+        drawn, _ = peers.sde_step(x, v, sigmas, i, args.eta)
+        torch.manual_seed(5)
+        mean, std = transitions[0]
+        close(drawn.detach(), (mean + std * torch.randn_like(x)).detach(), 1e-5, "its outcome")
+
+
+def test_throughput_flow_grpos_update_is_pave_grpos(small_case, monkeypatch):
+    """A rollout of its loop, then the whole update of both on it: the gradient before the step."""
+    model, args, embeddings = flow_grpo(small_case)
+    x = torch.randn(4, *model.latent_shape, generator=gen(1))
+    states, logps, images = peers.rollout(model.pipe, x, embeddings, args)
+    assert len(states) == 5 and images.shape == (4, 3, 64, 64) and 0 <= images.min()
+    sigmas, adv = model.pipe.scheduler.sigmas, torch.tensor([1.0, -0.5, 0.3, -2.0])
+    expected = []
+
+    class Optimizer:
+        param_groups = [{"params": list(model.trainable.values())}]
+
+        def step(self):
+            expected.append(gradients(model))
+
+        def zero_grad(self):
+            model.transformer.zero_grad()
+
+    free = replace(args, max_grad_norm=1e9)
+    peers.train(model.pipe, Optimizer(), states, logps, embeddings, adv, free)
+    monkeypatch.setattr(pave_grpo, "sigma_grid", lambda steps, shift: sigmas)
+    monkeypatch.setattr(pave_grpo, "optimizer_step", lambda *_: expected.append(gradients(model)))
+    x_t, x_s = torch.stack(states[:3], dim=1), torch.stack(states[1:4], dim=1)[:, :, None]
+    lines = [{"prompt": real.PROMPT}] * 4
+    pave_grpo.update(model, None, lines, x_t, x_s, adv[:, None, None].expand(4, 3, 1), args)
+    theirs, ours = expected
+    error = (ours - theirs).norm() / theirs.norm()
+    print(f"relative error of the gradient {error:.1e}")
+    assert error < 1e-4 and theirs.norm() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in throughput.CASES if name != "tests"])
+def test_throughput_every_case_runs_shrunk(name, monkeypatch):
+    """Not compiled, as two of them are above; what it measures is named in its line."""
+    record, lines = in_process(monkeypatch, name, compiled=False)
+    assert lines == (3 if name == "flow-grpo" else 4), "one after each part"
+    if name != "flow-grpo":
+        assert record["iteration_s"] > 0 and record["sample"]["simulated_gib"] is None
+        assert record["update"]["share"] > 0 and "eager_calls" not in record["update"]
+        return
+    for loop, paths in (("theirs", 8), ("ours_eager", 2), ("ours", 2)):
+        assert record[loop]["transitions_per_s"] == 9 * paths, loop
+    assert record["theirs"]["images_per_s"] == 8 and record["ours"]["images_per_s"] == 4
+    for loop in ("ours_eager", "ours"):
+        assert record[loop]["ratio_images_per_s"] == 0.5
+        assert record[loop]["ratio_transitions_per_s"] == 0.25
+
+
+def test_throughput_prepared_run_is_one_command(tmp_path):
+    """The CUDA tests, skipped without CUDA, and a preset, each in its process."""
+    path = tmp_path / "lines.jsonl"
+    command = [sys.executable, "benchmarks/throughput.py", "--shrink", "--results", str(path)]
+    command += ["--minutes", "3", "--only", "tests", "vgrpo-sd3-eager"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "tests measured\nvgrpo-sd3-eager measured\n"
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert "skipped" in first["said"] or "passed" in first["said"]
+    assert second["command"] == "vgrpo.py --model sd3 --compile false" and second["small"]
+    assert second["update"]["s"] > 0 and second["versions"]["torch"] == torch.__version__
+
+
+def test_throughput_table_shows_the_last_line_of_each_case_and_card(capsys):
+    """What was not measured stays empty."""
+    stage = {"s_per_image": 0.5, "s": 8.0, "device_s": 6.0, "share": 0.25, "simulated_gib": None}
+    records = [
+        {"case": "a", "card": "X", "error": "ended with 1"},
+        {"case": "a", "card": "X", "update": stage, "iteration_s": 90.0},
+        {"case": "a", "card": "Y"},
+    ]
+    throughput.table(records)
+    rows = printed_rows(capsys)
+    assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
+    cells = [cell.strip() for cell in rows[2].strip("|").split("|")]
+    titles = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    shown = {title: cell for title, cell in zip(titles, cells, strict=True) if cell}
+    expected = {"case": "a", "card": "X", "update s_per_image": "0.5", "update s": "8"}
+    expected |= {"update device_s": "6", "update share": "0.25", "iteration_s": "90"}
+    assert shown == expected
