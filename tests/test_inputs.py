@@ -178,7 +178,7 @@ def pooled(images, prompts, metadata):
 """
 
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+@pytest.mark.parametrize("method", ["spawn", multiprocessing.get_start_method()])
 def test_a_reward_file_finds_its_neighbour_and_its_functions_are_pickled(tmp_path, method):
     write(tmp_path / "own/neighbour_of_the_reward.py", "def double(x):\n    return 2 * x\n")
     file = write(tmp_path / f"own/pools_{method}.py", MODULE.replace("{method}", method))
@@ -328,8 +328,7 @@ def test_text_that_no_tokenizer_takes_is_refused_with_its_line(tmp_path, line):
     assert good == [{"prompt": "\U0001f600"}]
 
 
-@both
-def test_such_text_is_refused_before_anything_loads(tmp_path, script):
+def test_such_text_is_refused_before_anything_loads(tmp_path, script=pave_grpo):
     lines = (ROOT / "prompts/shapes_train.jsonl").read_text() + SURROGATES[0]
     file = write(tmp_path / "late.jsonl", lines)
     argv = small_flags(tmp_path / "run", "--prompts", str(file), script=f"{script.__name__}.py")
