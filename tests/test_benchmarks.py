@@ -829,7 +829,15 @@ def test_throughput_flow_grpos_update_is_pave_grpos(small_case, monkeypatch):
     assert error < 1e-4 and theirs.norm() > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in throughput.CASES if name != "tests"])
+FAST = ("vgrpo-flux-eager", "pave-sd3-24gb", "flow-grpo", "frameworks")
+SHRUNK = [
+    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
+    for name in throughput.CASES
+    if name != "tests"
+]
+
+
+@pytest.mark.parametrize("name", SHRUNK)
 def test_throughput_every_case_runs_shrunk(name, monkeypatch):
     """Not compiled, as two of them are above; what it measures is named in its line."""
     record, lines = in_process(monkeypatch, name, compiled=False)
@@ -846,6 +854,7 @@ def test_throughput_every_case_runs_shrunk(name, monkeypatch):
         assert record[loop]["ratio_transitions_per_s"] == 0.25
 
 
+@pytest.mark.slow
 def test_throughput_prepared_run_is_one_command(tmp_path):
     """The CUDA tests, skipped without CUDA, and a preset, each in its process."""
     path = tmp_path / "lines.jsonl"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import pickle
 import re
 import shutil
@@ -12,7 +11,7 @@ import unittest.mock
 
 import pytest
 import torch
-from conftest import DOCS, SMALL, load, run, small_flags
+from conftest import DOCS, SMALL, load, run
 from PIL import ImageFont
 
 import pave_grpo
@@ -178,7 +177,7 @@ def pooled(images, prompts, metadata):
 """
 
 
-@pytest.mark.parametrize("method", ["spawn", multiprocessing.get_start_method()])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
 def test_a_reward_file_finds_its_neighbour_and_its_functions_are_pickled(tmp_path, method):
     write(tmp_path / "own/neighbour_of_the_reward.py", "def double(x):\n    return 2 * x\n")
     file = write(tmp_path / f"own/pools_{method}.py", MODULE.replace("{method}", method))
@@ -328,14 +327,17 @@ def test_text_that_no_tokenizer_takes_is_refused_with_its_line(tmp_path, line):
     assert good == [{"prompt": "\U0001f600"}]
 
 
-def test_such_text_is_refused_before_anything_loads(tmp_path, script=pave_grpo):
+@both
+def test_such_text_is_refused_before_anything_loads(tmp_path, script):
     lines = (ROOT / "prompts/shapes_train.jsonl").read_text() + SURROGATES[0]
     file = write(tmp_path / "late.jsonl", lines)
-    argv = small_flags(tmp_path / "run", "--prompts", str(file), script=f"{script.__name__}.py")
-    command = [sys.executable, f"{script.__name__}.py", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "late.jsonl, line 97 holds half" in done.stderr
+    argv = [*SMALL[script], "--prompts", str(file), "--run_dir", str(tmp_path / "run")]
+    with (
+        unittest.mock.patch.object(script, "load_model", side_effect=AssertionError("loaded")),
+        unittest.mock.patch.object(rewards, "load_reward", side_effect=AssertionError("loaded")),
+        pytest.raises(rewards.UserError, match=r"late\.jsonl, line 97 holds half"),
+    ):
+        script.main(argv)
     assert not (tmp_path / "run").exists()
 
 
@@ -353,8 +355,7 @@ def test_a_latin_1_file_is_refused(tmp_path):
         rewards.load_prompts(str(tmp_path / "p.txt"))
 
 
-@both
-def test_prompts_that_changed_since_the_checkpoint_are_said_once(tmp_path, script, capsys):
+def test_prompts_that_changed_since_the_checkpoint_are_said_once(tmp_path, capsys, script=vgrpo):
     scenes = (ROOT / "prompts/shapes_train.jsonl").read_text().splitlines()
     file, folder = write(tmp_path / "own.jsonl", "\n".join(scenes[:4])), tmp_path / "run"
     run(folder, "--prompts", str(file), "--iterations", "1", script=script)
