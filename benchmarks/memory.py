@@ -1,7 +1,7 @@
 """Peak GPU memory of both scripts at real size, simulated on a CPU without allocating anything.
 
-  python benchmarks/memory.py --out benchmarks/results/memory.jsonl      all cases, minutes
-  python benchmarks/memory.py --table                                    what fits where, from it
+    python benchmarks/memory.py            all cases, ten minutes
+    python benchmarks/memory.py --table    what fits where, from what is kept
 
 The shipped functions run on fake tensors: bf16 weights, fp32 LoRA, autocast to bf16, as on CUDA.
 A dispatch mode counts the bytes of all live storages after every operation. The largest count is
@@ -11,6 +11,7 @@ workspaces, the CUDA context, fragmentation and what rewards compute. The table 
 """
 
 import argparse
+import itertools
 import json
 import unittest.mock
 import weakref
@@ -270,19 +271,14 @@ def table(lines: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="jsonl file for all cases")
-    parser.add_argument("--table", action="store_true", help="print the table of the kept file")
-    args = parser.parse_args()
-    if args.out:
-        with args.out.open("w", encoding="utf-8") as file:
-            for kind, resolutions in SIZES.items():
-                for resolution in resolutions:
-                    for script in (vgrpo, pave_grpo):
-                        for line in map(json.dumps, simulate(script, kind, resolution)):
-                            print(line, flush=True)
-                            file.write(line + "\n")
-    if args.table:
-        table([json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()])
+    parser.add_argument("--table", action="store_true", help="simulate nothing")
+    if not parser.parse_args().table:
+        lines = []
+        for kind, resolutions in SIZES.items():
+            for resolution, script in itertools.product(resolutions, (vgrpo, pave_grpo)):
+                lines += map(json.dumps, simulate(script, kind, resolution))
+        KEPT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table([json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()])
 
 
 if __name__ == "__main__":

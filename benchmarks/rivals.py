@@ -13,19 +13,16 @@ shows.
 
 The formulas are the papers', quoted from summaries. The PDFs were not at hand. So no equation
 numbers are given, and each docstring says what could not be checked. Notation: vgrpo.py. Budget:
-vgrpo.py's tiny preset, 16 prompts x 12 images, 10 steps, 50 iterations. One process. Checkpoints
-are the scripts' own. --resume goes on from them, with the rival's own flags given again. Draws have
-the names that they have in the two scripts. So all methods start from the same prompts and noise.
+vgrpo.py's tiny preset, 16 prompts x 12 images, 10 steps, 50 iterations. A rival is the script's own
+`main` with another `sample` or `update`, in one process. So all methods start from the same prompts
+and noise. --resume goes on from a checkpoint, with the rival's own flags given again.
 """
 
 import argparse
-import copy
-import functools
-import json
-import math
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -33,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import pave_grpo  # noqa: E402
 import vgrpo  # noqa: E402
-from rewards import fail, load_rewards, one_sentence  # noqa: E402
+from rewards import fail, one_sentence  # noqa: E402
 
 # whose flags, model and evaluation a rival uses
 SCRIPTS = {"mixgrpo": pave_grpo, "nft": vgrpo, "awm": vgrpo}
@@ -102,40 +99,43 @@ def awm_loss(v, v_old, x_0, t, noise, adv, clip_range=None):
     return -torch.minimum(ratio * adv, clipped * adv)
 
 
-def forward_update(model, old, fresh, loss_fn, lines, data, minibatches, args, step):
-    """Gradient steps on noised final latents, a pair at a time.
+def forward_update(loss_fn, swap, model, optimizer, lines, x_0, t, noise, adv, args):
+    """Gradient steps on noised final latents, a pair at a time; in vgrpo.py's place of `update`.
         loss = mean(loss_fn) + ref_kl_beta mean_d (v - v_initial)^2
-    old: the model with theta_old;  fresh: theta_old is theta before the first step
-    loss_fn: nft_loss or awm_loss;  minibatches: lists of slices;  step: an optimizer's
-    data: x_0 (n, C, H, W), t (n, N), noise (n, N, C, H, W), adv (n,)
-    Returns metrics, the network evaluations too."""
-    x_all, t_all, noise_all, adv_all = data
-    n, N = t_all.shape
-    sums, evaluated = x_all.new_zeros(2), 0
-    for number, minibatch in enumerate(minibatches * args.update_epochs):
-        on_policy = fresh and number == 0
-        for part, j in [(part, j) for part in minibatch for j in range(N)]:
-            x_0 = x_all[part]
-            t, noise = t_all[part, j].to(x_0), noise_all[part, j].to(x_0)  # from host memory
-            s = per_sample(t, x_0)
-            z_t = (1 - s) * x_0 + s * noise
-            v = v_old = v_ref = model.velocity_fn(lines[part])(z_t, t)
+    loss_fn: nft_loss or awm_loss;  swap: exchanges theta and theta_old of the model, twice: back
+    The rest, and what is returned: as vgrpo.py's."""
+    minibatch, N = len(lines) // args.num_minibatches, t.shape[1]
+    sums, norms = x_0.new_zeros(2), []
+    fresh = all(torch.equal(old, model.trainable[name]) for name, old in model.average.items())
+
+    def velocity(inputs, rows, initial=False):
+        x, times, eps = inputs
+        s = per_sample(times, x)
+        return model.velocity_fn(lines[rows], initial)((1 - s) * x + s * eps, times)
+
+    for rows in vgrpo.batches(len(x_0), "update", args.micro_batch, minibatch, args.update_epochs):
+        for j in range(N):
+            inputs = x_0[rows], t[rows, j].to(x_0), noise[rows, j].to(x_0)  # from host memory
+            v_old = v_ref = None
             with torch.no_grad():
-                if not on_policy:
-                    v_old = old.velocity_fn(lines[part])(z_t, t)
+                if norms or not fresh:  # or theta_old is theta
+                    swap(model)
+                    v_old = velocity(inputs, rows)
+                    swap(model)
                 if args.ref_kl_beta:
-                    v_ref = model.velocity_fn(lines[part], initial=True)(z_t, t)
-            policy = loss_fn(v, v_old.detach(), x_0, t, noise, adv_all[part]).mean()
-            kl = (v - v_ref.detach()).square().mean()
-            share = len(x_0) * args.num_minibatches / (n * N)
+                    v_ref = velocity(inputs, rows, initial=True)
+            v = velocity(inputs, rows)
+            v_old, v_ref = (v.detach() if u is None else u for u in (v_old, v_ref))
+            policy = loss_fn(v, v_old, *inputs, adv[rows]).mean()
+            kl = (v - v_ref).square().mean()
+            share = len(v) / (minibatch * N)
             (share * (policy + args.ref_kl_beta * kl)).backward()
             sums += share * torch.stack([policy, kl]).detach()
-            evaluated += len(x_0) * (2 - on_policy + (args.ref_kl_beta > 0))
-        step()
-    policy, kl = sums / (args.num_minibatches * args.update_epochs)
+        if rows.stop % minibatch == 0:
+            norms.append(vgrpo.optimizer_step(optimizer, args))
+    policy, kl = sums / len(norms)
     kl = args.ref_kl_beta * kl
-    metrics = {"loss/total": policy + kl, "loss/policy": policy, "loss/kl": kl}
-    return metrics | {"nfe/update": torch.tensor(evaluated / n)}
+    return norms, {"loss/total": policy + kl, "loss/policy": policy, "loss/kl": kl}
 
 
 def ema_keep(iteration, rate=0.001, top=0.5):
@@ -144,26 +144,9 @@ def ema_keep(iteration, rate=0.001, top=0.5):
     return min(rate * iteration, top)
 
 
-@torch.no_grad()
-def follow(old, new, keep):
-    """theta_old <- keep theta_old + (1 - keep) theta, in place, name by name.   [DiffusionNFT]"""
-    for name, weight in old.items():
-        weight.lerp_(new[name], 1 - keep)
-
-
-def copied(model):
-    """A second model with weights of its own where they are trained; all else is shared."""
-    twin = copy.copy(model)
-    frozen = {id(p): p for p in model.transformer.parameters() if not p.requires_grad}
-    twin.transformer = copy.deepcopy(model.transformer, frozen).requires_grad_(False)
-    own = twin.transformer.named_parameters()
-    twin.trainable = {name: p for name, p in own if name in model.trainable}
-    return twin
-
-
 # -------------------------------------------------------------------------------------------- main
 def parse(argv):
-    """The rival's own flags, and those of its script. Raises UserError."""
+    """The rival's own flags, its script's, and the words that say these. Raises UserError."""
     note = "All other flags are those of vgrpo.py (nft, awm) or pave_grpo.py (mixgrpo)."
     parser = argparse.ArgumentParser(epilog=note, allow_abbrev=False)
     add = parser.add_argument
@@ -177,120 +160,58 @@ def parse(argv):
     add("--ema_max", type=float, default=0.5)
     options, rest = parser.parse_known_args(argv)
     resumed = any(word.startswith("--resume") for word in rest)  # its checkpoint has the flags
-    defaults = [] if resumed else DEFAULTS[options.method].split()
-    args = SCRIPTS[options.method].parse_args([*defaults, *rest])
-    if vgrpo.WORLD_SIZE > 1 or args.ema_decay:
+    words = rest if resumed else [*DEFAULTS[options.method].split(), *rest]
+    args = SCRIPTS[options.method].parse_args(words)
+    if vgrpo.WORLD_SIZE > 1 or any(word.startswith("--ema_decay") for word in rest):
         fail("rivals run in one process, and have no --ema_decay.")
     if options.method == "mixgrpo":
         if args.rollout != "sde" or args.splits:
             fail("mixgrpo is --rollout sde without --splits.")
         if not 1 <= options.window <= args.steps - 1 or min(options.interval, options.stride) < 1:
             fail(f"--window must be 1 to {args.steps - 1}, --interval and --stride at least 1.")
-        return options, args
+        return options, args, words
     if args.soft_clip or args.kl_beta or args.weighting != "adaptive":
         fail("nft and awm have no --soft_clip, --kl_beta or --weighting.")
     if options.method == "nft" and args.clip_range:
         fail("nft has no --clip_range.")
-    return options, args
+    return options, args, [*words, "--ema_decay", "0.5"]  # keeps weights; their decay comes below
 
 
-def train(options, args, model, old, optimizer, train_lines, reward_fns, weights, done):
-    """Yields the metrics of each iteration after `done`: sample, reward, advantage, update."""
+def replaced(options, args):
+    """name -> what stands in for a function of the script: the whole of a rival."""
     script = SCRIPTS[options.method]
-    images = args.prompts_per_iter * args.group_size
-    per_step = images // args.num_minibatches
-    minibatches = []
-    for end in range(per_step, images + 1, per_step):
-        starts = range(end - per_step, end, args.micro_batch)
-        minibatches.append([slice(i, min(i + args.micro_batch, end)) for i in starts])
-    loss_fn = functools.partial(awm_loss, clip_range=args.clip_range or None)
+    sample = script.sample
+
+    def windowed(model, prompts, sigmas, args, iteration):
+        window = (options.window, options.interval, options.stride)
+        args.sde_steps = window_steps(iteration, args.steps, *window)
+        return sample(model, prompts, sigmas, args, iteration)
+
+    def sampled_by_theta_old(model, prompts, sigmas, args, iteration):
+        swap(model)
+        found = sample(model, prompts, sigmas, args, iteration)
+        swap(model)
+        # after its update the script's average, our theta_old, follows theta by this
+        args.ema_decay = ema_keep(iteration, rate, options.ema_max)
+        return found
+
+    if options.method == "mixgrpo":
+        return {"sample": windowed}
+    swap, rate = script.Model.swap_average, 0.0  # AWM's theta_old is theta before the iteration
+    loss_fn = partial(awm_loss, clip_range=args.clip_range or None)
     if options.method == "nft":
-        loss_fn = functools.partial(nft_loss, beta=options.beta, Z=options.z)
-    rate = options.ema_rate if options.method == "nft" else 0.0  # AWM's theta_old is theta
-    sigmas = vgrpo.sigma_grid(args.steps, args.shift)
-
-    def take_step():
-        norms.append(script.optimizer_step(optimizer, args))
-
-    for iteration in range(done + 1, args.iterations + 1):
-        logged, norms = {}, []
-        measured = functools.partial(script.stage, model, logged, images)
-        prompts = script.draw_prompts(train_lines, iteration, args)
-        model.encode([line["prompt"] for line in prompts.values()])
-        if options.method == "mixgrpo":
-            window = (options.window, options.interval, options.stride)
-            args.sde_steps = window_steps(iteration, args.steps, *window)
-        with measured("sample"):
-            lines, x_0, *stored = script.sample(old, prompts, sigmas, args, iteration)
-        with measured("reward"):
-            scores = script.score(model, x_0, lines, reward_fns, args)
-        with measured("update"):
-            adv, metrics = vgrpo.group_advantages(scores, args.group_size, weights, args.adv_std)
-            if options.method == "mixgrpo":
-                # Flow-GRPO's update of the window's steps; a path's advantage is that of each
-                adv = adv.view(-1, 1, 1).expand(-1, len(args.sde_steps), 1)
-                norms, found = pave_grpo.update(model, optimizer, lines, *stored, adv, args)
-            else:
-                fresh = ema_keep(iteration - 1, rate, options.ema_max) == 0
-                pairs = (x_0, *stored, adv)
-                work = (fresh, loss_fn, lines, pairs, minibatches, args, take_step)
-                found = forward_update(model, old, *work)
-                keep = ema_keep(iteration, rate, options.ema_max)
-                follow(old.trainable, model.trainable, keep)
-        taken = [norm for norm in norms if math.isfinite(norm)]
-        logged["nfe/sample"] = args.steps  # by whichever of the two models sampled
-        logged |= {name: float(value) for name, value in (metrics | found).items()}
-        logged |= {"optim/lr": args.lr, "optim/grad_norm": sum(taken) / max(1, len(taken))}
-        logged["optim/skipped_steps"] = len(norms) - len(taken)
-        yield iteration, logged
+        rate, loss_fn = options.ema_rate, partial(nft_loss, beta=options.beta, Z=options.z)
+    return {"sample": sampled_by_theta_old, "update": partial(forward_update, loss_fn, swap)}
 
 
 def main(argv=None):
-    options, args = parse(argv)
-    script = SCRIPTS[options.method]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_lines = vgrpo.load_prompts(args.prompts)
-    eval_lines = vgrpo.load_prompts(args.eval_prompts)
-    reward_fns, weights = load_rewards(args.reward, train_lines, eval_lines)
-    model = script.load_model(args, device)
-    decay = {"lr": args.lr, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.AdamW(model.trainable.values(), **decay)
-    old = model if options.method == "mixgrpo" else copied(model)
-    if old is not model:  # so that a checkpoint keeps theta_old, where others keep an average
-        model.average = {name: weight.data for name, weight in old.trainable.items()}
-    prompts_hash = vgrpo.generator_for(train_lines, eval_lines).initial_seed()
-    done = script.load_checkpoint(model, optimizer, prompts_hash, args)
-    name = f"runs/{options.method}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.run_dir or name)
-    for folder in ("samples", "checkpoint"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(vars(args) | vars(options), indent=1))
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if done else []
-    path.write_text("".join(lines[: done + 1]))
-
-    def evaluate(iteration):
-        return script.evaluate(model, eval_lines, reward_fns, run_dir, args, iteration)
-
-    def record(metrics):
-        with path.open("a") as log:
-            print(json.dumps(metrics), file=log)
-
-    if not done:
-        record({"iteration": 0} | evaluate(0))
-    inputs = (model, old, optimizer, train_lines, reward_fns, weights, done)
-    for iteration, logged in train(options, args, *inputs):
-        last = iteration == args.iterations
-        if last or iteration % args.eval_every == 0:
-            logged |= evaluate(iteration)
-        record({"iteration": iteration} | logged)
-        if last or iteration % args.save_every == 0:
-            script.save_checkpoint(run_dir, iteration, model, optimizer, prompts_hash, args)
-    lines = path.read_text().splitlines()
-    before, after = json.loads(lines[0]), json.loads(lines[-1])
-    for name in sorted(before.keys() & after.keys() - {"iteration"}):
-        print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
-    print(f"The run is in {run_dir}; its weights in plain diffusers: {model.save(run_dir)}")
+    options, args, words = parse(argv)
+    script, stand_ins = SCRIPTS[options.method], replaced(options, args)
+    # names the run, and the command that goes on with it
+    stand_ins["__file__"] = f"rivals.py --method {options.method}"
+    no_swap = mock.patch.object(script.Model, "swap_average", lambda model: None)
+    with mock.patch.multiple(script, **stand_ins), no_swap:  # theta is evaluated and saved
+        script.main(words)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python benchmarks/throughput.py --minutes 8     the prepared run; what is kept is skipped
     python benchmarks/throughput.py --table         only prints what is kept
-    python benchmarks/throughput.py --check         the FLOP rule against torch's counter
     python benchmarks/throughput.py --shrink        the prepared run on tiny models, on a CPU too
 
 A case is a command line, and a process: an illegal memory access ends one. It calls the script's
@@ -325,11 +324,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="no case goes on for longer")
     parser.add_argument("--results", type=Path, help="file of lines; default: none with --shrink")
     parser.add_argument("--case", choices=CASES, help="this case alone, after a line on stdin")
-    for name in ("shrink", "table", "check"):
+    for name in ("shrink", "table"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
-    if options.check:
-        sys.exit(pytest.main(["-n", "0", f"{ROOT}/tests/test_benchmarks.py", "-k", "throughput"]))
     if options.case:
         if sys.stdin.readline():  # nothing: the run has ended without it
             run_case(options.case, options.shrink)

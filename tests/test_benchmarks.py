@@ -16,9 +16,9 @@ import peers
 import pytest
 import real_sizes as real
 import rivals
+import surrogate
 import throughput
 import torch
-import variance
 from conftest import DOCS, SMALL, run, sgd, untimed
 from torch._dynamo import config
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -100,17 +100,7 @@ def check_awm_loss(awm_loss):
     )
 
 
-def check_follow(follow):
-    """theta_old <- keep theta_old + (1 - keep) theta, element by element."""
-    old, new = (
-        {"w": torch.tensor([1.0, -2.0], dtype=F64)},
-        {"w": torch.tensor([3.0, 4.0], dtype=F64)},
-    )
-    follow(old, new, 0.25)
-    close(old["w"], [0.25 * 1 + 0.75 * 3, 0.25 * -2 + 0.75 * 4], 1e-15, "the old policy")
-
-
-@pytest.mark.parametrize("name", ["nft_loss", "awm_loss", "follow"])
+@pytest.mark.parametrize("name", ["nft_loss", "awm_loss"])
 def test_maths_rivals_equal_naive_loops(name):
     globals()[f"check_{name}"](getattr(rivals, name))
 
@@ -130,7 +120,6 @@ def test_maths_rivals_equal_naive_loops(name):
         ("awm_loss", "(noise - x_0)", "(x_0 - noise)"),
         ("awm_loss", "mean(dim=1)", "sum(dim=1)"),
         ("awm_loss", "minimum", "maximum"),
-        ("follow", "1 - keep", "keep"),
     ],
 )
 def test_mutations_of_the_rivals_are_caught(name, old, new):
@@ -155,74 +144,69 @@ def test_maths_schedules_of_the_rivals():
     assert [rivals.ema_keep(i) for i in (1, 50, 499, 500, 9999)] == [0.001, 0.05, 0.499, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("method", ["nft_loss", "awm_loss"])
-def test_maths_forward_updates_equal_one_backward_pass(method):
-    """Two passes over two minibatches, pair by pair in micro-batches: the weights of the one-shot
-    objective.
+def one_shot_update(loss_fn, model, old, data, step):
+    """Two passes over two minibatches of four images, all three pairs in one backward pass.
+    Returns the mean loss.
     """
-    args = types.SimpleNamespace(update_epochs=2, num_minibatches=2, ref_kl_beta=0.3)
-    x_0, t, noise = (
-        randn(8, *SHAPE, seed=1),
-        torch.rand(8, 3, generator=gen(2), dtype=F64),
-        randn(8, 3, *SHAPE, seed=3),
-    )
-    adv, loss_fn, models = torch.cat([ADV, -ADV]), getattr(rivals, method), [Linear(), Linear()]
-    minibatches = [[slice(0, 3), slice(3, 4)], [slice(4, 6), slice(6, 8)]]
-    for fresh, old in ((True, Linear()), (False, Linear(5))):
-        for which, model in enumerate(models):
-            step = sgd(model)
-            if which == 0:
-                old = copied_weights(model) if fresh else old
-                data = x_0, t, noise, adv
-                metrics = rivals.forward_update(
-                    model, old, fresh, loss_fn, [{}] * 8, data, minibatches, args, step
-                )
-                assert metrics["nfe/update"] == 3 * (2 * 2 + (4 - fresh) / 2)
-                continue
-            for rows in (slice(0, 4), slice(4, 8)) * 2:
-                total = 0
-                for j in range(3):
-                    tau = t[rows, j].view(-1, 1, 1, 1)
-                    z = (1 - tau) * x_0[rows] + tau * noise[rows, j]
-                    v, v_old, v_ref = (
-                        fn(z, t[rows, j])
-                        for fn in (
-                            model.velocity_fn(),
-                            old.velocity_fn(),
-                            model.velocity_fn(initial=True),
-                        )
-                    )
-                    policy = loss_fn(
-                        v, v_old.detach(), x_0[rows], t[rows, j], noise[rows, j], adv[rows]
-                    )
-                    total += (policy.mean() + 0.3 * (v - v_ref.detach()).square().mean()) / 3
-                total.backward()
-                step()
-        assert (models[0].W - Linear().W).abs().max() > 1e-3, "the update moves the weights"
-        close(models[0].W, models[1].W, 1e-12, f"weights after {method}'s update, fresh = {fresh}")
+    x_0, t, noise, adv = data
+    losses = []
+    velocities = model.velocity_fn(), old.velocity_fn(), model.velocity_fn(initial=True)
+    for rows in (slice(0, 4), slice(4, 8)) * 2:
+        total = 0
+        for j in range(3):
+            tau, times = t[rows, j].view(-1, 1, 1, 1), t[rows, j]
+            z = (1 - tau) * x_0[rows] + tau * noise[rows, j]
+            v, v_old, v_ref = (velocity(z, times) for velocity in velocities)
+            policy = loss_fn(v, v_old.detach(), x_0[rows], times, noise[rows, j], adv[rows])
+            total += (policy.mean() + 0.3 * (v - v_ref.detach()).square().mean()) / 3
+        total.backward()
+        step()
+        losses.append(total.item())
+    return sum(losses) / 4
 
 
-def copied_weights(model):
-    twin = Linear()
-    for p, q in zip(twin.parameters, model.parameters, strict=True):
-        p.data.copy_(q.data)
-    return twin
+@pytest.mark.parametrize("theta_old", [0, 5], ids=["fresh", "other"])
+@pytest.mark.parametrize("method", ["nft_loss", "awm_loss"])
+def test_maths_forward_updates_equal_one_backward_pass(method, theta_old, monkeypatch):
+    """Pair by pair in micro-batches, theta_old swapped in and out: the weights and the losses of
+    the one-shot objective, and no evaluation of theta_old while it is theta.
+    """
+    args = types.SimpleNamespace(update_epochs=2, num_minibatches=2, micro_batch=3, ref_kl_beta=0.3)
+    x_0, noise = randn(8, *SHAPE, seed=1), randn(8, 3, *SHAPE, seed=3)
+    data = x_0, torch.rand(8, 3, generator=gen(2), dtype=F64), noise, torch.cat([ADV, -ADV])
+    loss_fn, model, expected = getattr(rivals, method), Linear(), Linear()
+    model.trainable = {"W": model.W, "b": model.b}
+    old, swaps, step = Linear(theta_old), [], sgd(model)
+    model.average = {"W": old.W.detach().clone(), "b": old.b.detach().clone()}
+
+    def swap(model):
+        swaps.append(model)
+        for name, weight in model.trainable.items():
+            kept = weight.detach().clone()
+            weight.data.copy_(model.average[name])
+            model.average[name].copy_(kept)
+
+    def optimizer_step(optimizer, args):
+        step()
+        return 1.0
+
+    monkeypatch.setattr(vgrpo, "optimizer_step", optimizer_step)
+    work = (swap, model, None, [{}] * 8, *data, args)
+    norms, metrics = rivals.forward_update(loss_fn, *work)
+    loss = one_shot_update(loss_fn, expected, old, data, sgd(expected))
+    assert (model.W - Linear().W).abs().max() > 1e-3, "the update moves the weights"
+    close(model.W, expected.W, 1e-12, "weights after the update")
+    close(model.average["W"], old.W, 1e-15, "theta_old after it")
+    assert norms == [1.0] * 4 and len(swaps) == 2 * 3 * (8 if theta_old else 6)
+    close(metrics["loss/total"], loss, 1e-12, "loss")
+    close(metrics["loss/policy"] + metrics["loss/kl"], loss, 1e-12, "its two parts")
 
 
 def rival_run(folder, method, *flags):
     few = folder.parent / "few.jsonl"
     few.write_text("\n".join((ROOT / "prompts/shapes_test.jsonl").read_text().splitlines()[:3]))
-    flags = (
-        *SMALL[vgrpo],
-        "--method",
-        method,
-        "--run_dir",
-        str(folder),
-        "--eval_prompts",
-        str(few),
-        *flags,
-    )
-    rivals.main(["--iterations", "2", *flags])
+    place = ["--method", method, "--run_dir", str(folder), "--eval_prompts", str(few)]
+    rivals.main([*SMALL[vgrpo], *place, "--iterations", "2", *flags])
     return untimed(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
@@ -323,9 +307,9 @@ def check_figures(figures):
 
 
 def test_maths_variance_figures_equal_naive_loops():
-    check_figures(variance.figures)
+    check_figures(surrogate.figures)
     shared = 1 + torch.rand(5, 2, 1, generator=gen(), dtype=F64).expand(5, 2, 3)
-    assert max(variance.figures(shared)[1:]) < 1e-12, (
+    assert max(surrogate.figures(shared)[1:]) < 1e-12, (
         "noise that a group shares is gone from what GRPO compares"
     )
 
@@ -335,7 +319,7 @@ def test_maths_variance_figures_equal_naive_loops():
 )
 def test_mutations_of_the_variance_figures_are_caught(old, new):
     with pytest.raises((AssertionError, RuntimeError)):
-        check_figures(mutant(variance.figures, old, new))
+        check_figures(mutant(surrogate.figures, old, new))
 
 
 def test_curves_read_runs_right():
@@ -365,7 +349,8 @@ def test_every_run_of_the_queue_has_its_size_and_the_same_help():
         size = learning.planned(args).images * args.prompts_per_iter
         ours = method.startswith("pave")  # its preset's budget
         assert size == (384 if ours else 192), job
-        assert args.iterations == (80 if ours else lengths[job.experiment]), job
+        length = 50 if job.name == "no_ref_kl" else lengths[job.experiment]
+        assert args.iterations == (80 if ours else length), job
         if job.experiment == "methods":
             assert args.prompts == "prompts/shapes_all.jsonl" and args.ema_decay == 0, job
             beta = 0 if method in ("pave", "flow_grpo", "mixgrpo") else 0.1
@@ -451,19 +436,19 @@ def test_documented_tables_are_what_the_results_say(table, version, capsys):
 
 
 def test_documented_variance_is_what_the_results_say(capsys):
-    variance.table()
+    surrogate.noise_table()
     rows = printed_rows(capsys)
     assert len(rows) == 12 and "\n".join(rows) in DOCS
 
 
 def test_every_result_names_its_run_and_every_script_is_listed():
-    """At most 15 files, 10 scripts and 2,350 lines; benchmarks/README.md names each of them."""
+    """At most 15 files, 9 scripts and 2,270 lines; benchmarks/README.md names each of them."""
     folder = ROOT / "benchmarks"
     files, programs = sorted((folder / "results").iterdir()), sorted(folder.glob("*.py"))
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert len(files) <= 15 and len(programs) <= 10
+    assert len(files) <= 15 and len(programs) <= 9
     lines = [line for path in programs for line in path.read_text().splitlines()]
-    assert len(lines) <= 2350 and max(map(len, lines)) <= 100
+    assert len(lines) <= 2270 and max(map(len, lines)) <= 100
     for path in files:
         assert path.suffix == ".jsonl" and path.name in text, path
         runs = [json.loads(line) for line in path.read_text().splitlines()]
