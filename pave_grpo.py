@@ -85,7 +85,7 @@ class MethodConfig:
         """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
         steps, splits = set(self.sde_steps), set(self.splits)
         if not steps or len(steps) < len(self.sde_steps) or steps - set(range(self.steps - 1)):
-            fail(f"--sde_steps must be different numbers from 0 to {self.steps - 2}.")
+            fail(f"--sde_steps must be different numbers from 0 to --steps - 2 = {self.steps - 2}.")
         if len(splits) < len(self.splits) or min(splits, default=2) < 2:
             fail("--splits must be different integers of at least 2.")
         if self.transition == "cps" and self.eta > 1:
@@ -123,7 +123,7 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
     clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
-    ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model")
+    ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, --model as loaded")
     ema_decay: float = flag(0.0, "of the averaged weights, evaluated and saved; 0 = no average")
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
     seed: int = flag(0, "of all random numbers but the evaluation's noise, which is fixed")
@@ -132,8 +132,8 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     save_every: int = flag(1, "iterations between checkpoints")
     export_every: int = flag(0, "iterations between weights/iter_XXXX for diffusers; 0 = the end")
     tracker: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go as well")
-    run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME")
-    resume: str = flag("", "run folder to continue, with its own flags unless they are given")
+    run_dir: str = flag("", "output folder; default: a new runs/SCRIPT-MODEL-sSEED-TIME-PID")
+    resume: str = flag("", "run folder to continue in place; its own flags, unless they are given")
     start_from: str = flag("", "run folder whose trained weights a new run begins with")
 
 
@@ -185,7 +185,7 @@ def sample(model, prompts, sigmas, args, iteration):
     for part in batches(len(starts), "sample", max(1, args.sample_batch // samples)):
         x = model.noise([(*draw, "noise", *start) for start in starts[part]])
         names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
-        noise = model.noise(names).unflatten(0, (len(x), -1, samples))
+        noise = rearrange(model.noise(names), "(b k m) ... -> b k m ...", b=len(x), m=samples)
         inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
         found.append(rollout(*inputs, args.eta, args.transition))
     x_0, x_t, x_s = map(torch.cat, zip(*found))
@@ -438,9 +438,9 @@ def main(argv):
             norms, losses = update(model, optimizer, lines, x_t, x_s, adv, args)
         # <<< METHOD
         logged |= {name: float(value) for name, value in (metrics | losses).items()}
-        taken = [norm for norm in norms if math.isfinite(norm)]
+        taken = [*filter(math.isfinite, norms)]
         if not taken:
-            fail(f"no gradient of iteration {iteration} was finite; --resume with a lower --lr.")
+            fail(f"no gradient of iteration {iteration} was finite: lower --lr, or look for NaNs.")
         logged["optim/grad_norm"] = sum(taken) / len(taken)
         logged["optim/skipped_steps"] = len(norms) - len(taken)
         logged |= {"optim/lr": args.lr, "mem/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -460,8 +460,8 @@ def main(argv):
     model.swap_average()
     recipe = model.save(run_dir) if done or args.iterations else "none were trained"
     if RANK == 0:
-        log = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-        for name in sorted(log[0].keys() & log[-1].keys() - {"iteration"}):
+        log = [*map(json.loads, (run_dir / "metrics.jsonl").open())]
+        for name in sorted(log[0].keys() & log[-1])[:-1]:  # without "iteration"
             print(f"{name}: {log[0][name]:.3f} -> {log[-1][name]:.3f}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
     if WORLD_SIZE > 1:
@@ -490,9 +490,9 @@ def parse_args(argv):
     args = Config(**vars(parser.parse_args(argv)))
     may_be_zero = ("iterations", "weight_decay", "soft_clip")  # and what is 0 by default
     for name, value in vars(args).items():
-        zero = value == 0 and (name in may_be_zero or getattr(Config, name) == 0)
+        zero = not value and (name in may_be_zero or not getattr(Config, name))
         if type(value) in (int, float) and not (zero or 0 < value < 1e30):
-            fail(f"--{name} is {value}; it must be positive, and finite in fp32.")
+            fail(f"--{name} is {value}; it must be positive, or its default, and finite in fp32.")
     if args.group_size < 2 or args.ema_decay >= 1:
         fail("--group_size must be at least 2, and --ema_decay less than 1.")
     if args.prompts_per_iter % (args.num_minibatches * WORLD_SIZE):
@@ -536,7 +536,7 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
             blocks = [*part.transformer_blocks, *getattr(part, "single_transformer_blocks", ())]
             if args.full and WORLD_SIZE > 1:
                 for module in [*blocks, part]:
-                    fully_shard(module)
+                    fully_shard(module, reshard_after_forward=True)  # swap_average sees shards
                 part.float()  # the shards: fully_shard has copied them out of the file
             for block in blocks if args.compile else ():
                 block.compile(dynamic=False)
@@ -652,14 +652,14 @@ def load_model(args, device):
 
     utils.logging.disable_progress_bar()
     path = MODEL_IDS.get(args.model, args.model)
-    parts = DiffusionPipeline.load_config(path).items()
-    absent = {name: None for name, part in parts if "_3" in name and not any(part)}  # no T5
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     trained = torch.float32 if args.full and WORLD_SIZE == 1 else half  # Model shards, then casts
     dtypes = {"transformer": trained, "vae": torch.float32, "default": half}
     half_files = {".fp16" in file.name for file in Path(path).glob("transformer/*.safetensors")}
     variant = "fp16" if half_files == {True} else None
     with rewards.loading("--model", path):
+        parts = DiffusionPipeline.load_config(path).items()
+        absent = {name: None for name, part in parts if "_3" in name and not any(part)}  # no T5
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, variant=variant, **absent)
         pipe.to("cpu")  # where it is, but raises if the file lacks a tensor
     return Model(pipe, args, device)
@@ -699,16 +699,16 @@ def evaluate(model, lines, reward_fns, run_dir, args, iteration):
     """Mean rewards, always from the same noise; a grid. What only fills up shares is left out."""
     total = len(lines) * args.eval_samples
     share = math.ceil(total / WORLD_SIZE)
-    here = [n % total for n in range(share * RANK, share * (RANK + 1))]
+    here = [n % total for n in range(share * RANK, share * RANK + share)]
     draws = [("eval", n % len(lines), n // len(lines)) for n in here]
     prompts = [lines[n % len(lines)] for n in here]
     x_0 = generate(model, prompts, draws, sigma_grid(args.eval_steps, args.shift), args)
     scores = score(model, x_0, prompts, reward_fns, args)
     if RANK == 0:
-        captions = [line["prompt"] for line in prompts[:12]]
-        grid = rewards.image_grid(model.decode(x_0[:12]), captions)
+        grid = rewards.image_grid(model.decode(x_0[:12]), prompts[:12])
         grid.save(run_dir / f"samples/iter_{iteration:04d}.png")
-    return {f"eval/{name}": float(scores[name][:total].nanmean()) for name in scores}
+    means = {f"eval/{name}": float(scores[name][:total].nanmean()) for name in scores}
+    return {name: mean for name, mean in means.items() if mean == mean}  # NaN: it abstained
 
 
 # ------------------------------------------------------------------------------- checkpoint and log
@@ -765,7 +765,7 @@ def load_checkpoint(model, optimizer, prompts_hash, args):
 
 def open_run(args, done):
     """The run's folder, and what records metrics there: after a resume, from the checkpoint on."""
-    name = f"{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-%m%d-%H%M%S"
+    name = f"{Path(__file__).stem}-{Path(args.model).name}-s{args.seed}-%m%d%H%M%S-{os.getpid()}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{time.strftime(name)}")
     if RANK > 0:
         return run_dir, lambda metrics: None

@@ -6,8 +6,7 @@
         metadata  list[dict], N: every key of the prompt's .jsonl line besides "prompt"; {} for .txt
 
 Higher is better. `--reward "shapes=1,jpeg=0.5"` names several; a weight of 0 only logs.
-`--reward pickscore@FOLDER=1` reads a model from a folder, not from the hub.
-`--reward my_file.py:my_fn` loads your own function.
+`--reward pickscore@FOLDER` reads a model from a folder; `--reward my_file.py:my_fn` is your own.
 """
 
 import ast
@@ -16,6 +15,7 @@ import copy
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -27,7 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,9 +68,8 @@ MENDS = {
 
 @contextmanager
 def one_sentence():
-    """Ends a program that cannot go on in one sentence: for a mistake (UserError, OSError), a lack
-    of memory, a package or a compiler, or a damaged file on stderr, with exit code 2; for Ctrl-C or
-    SIGTERM with 0."""
+    """Ends a program that cannot go on in one sentence: for a UserError, an OSError or one of MENDS
+    on stderr, with exit code 2; for Ctrl-C or SIGTERM with 0."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -78,10 +77,9 @@ def one_sentence():
         print("Stopped: a run goes on from its last checkpoint with --resume.")
     except (UserError, OSError, *MENDS) as error:
         first, *_ = re.split(r"(?<!:)\n", str(error).strip())  # with what follows a colon
-        sentence = first.replace("\n", " ")
         mends = [MENDS[kind] for kind in MENDS if isinstance(error, kind)]
-        parts = [sentence.rstrip("."), *mends] if mends else [sentence]
-        print("error: " + ". ".join(parts), file=sys.stderr)
+        parts = [first.rstrip("."), *mends] if mends else [first]
+        print("error: " + ". ".join(parts).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 
 
@@ -138,10 +136,9 @@ def load_rewards(spec: str, *files: list[Line]) -> tuple[dict, dict]:
     wanted, functions, weights = [], {}, {}
     for item in filter(None, map(str.strip, spec.split(","))):
         source, weight = re.fullmatch(r"(.*?)(?:=([^=:/@]*))?", item).groups()  # paths may hold =
-        try:
+        value = math.nan
+        with suppress(ValueError):
             value = float(weight or 1)
-        except ValueError:
-            value = math.nan
         if not math.isfinite(value):
             fail(f'--reward: the weight of "{item}" is not a number; write name=weight.')
         wanted.append((source.strip(), value))
@@ -153,16 +150,32 @@ def load_rewards(spec: str, *files: list[Line]) -> tuple[dict, dict]:
             fail(f'--reward: "{name}" is given twice, or a name of the totals.')
         functions[name], weights[name] = function, value
         for lines in files:
-            if not rows_for(function, lines):
+            if not rows_for(name, function, map(copy.deepcopy, lines)):
                 has = 'has "include" (ocr: "text", or text in quotes)'
                 fail(f"reward {name} has nothing to score: from {lines[0].place} on none {has}.")
     return functions, weights
 
 
-def rows_for(function: RewardFn, lines: Iterable[dict]) -> list[int]:
+def rows_for(name: str, function: RewardFn, lines: Iterable[dict]) -> list[int]:
     """Which of the lines a reward scores: all, or those that its own applies(line) says."""
-    applies = getattr(function, "applies", None)
-    return [row for row, line in enumerate(lines) if applies is None or applies(line)]
+    applies, rows = getattr(function, "applies", bool), []
+    for row, line in enumerate(lines):
+        with explained(f'reward "{name}" failed in applies() on {quoted([line["prompt"]])}'):
+            rows += [row] if applies(line) else []
+    return rows
+
+
+@contextmanager
+def explained(what: str, mend: str = ""):
+    """Whatever a user's code or a library raises inside becomes a UserError: what, reason, mend."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):  # the scripts know a mend for the second
+        raise
+    except (Exception, SystemExit) as error:
+        text = re.sub(r":\s+", ": ", f"{type(error).__name__}: {error}".strip(), count=2)
+        first = text.splitlines()[0].rstrip(". ")  # of a reason that may begin on the next line
+        raise UserError(f"{what} ({first}){mend}.") from error
 
 
 def load_reward(source: str) -> tuple[str, RewardFn]:
@@ -176,7 +189,7 @@ def load_reward(source: str) -> tuple[str, RewardFn]:
     if not path:
         known = ", ".join([*REWARDS, *MODEL_REWARDS])
         fail(f'--reward: "{source}" is none of {known}, nor a file.py:function.')
-    if not Path(path).is_file():
+    if not path.endswith(".py") or not Path(path).is_file():
         fail(f"--reward: there is no Python file {path}.")
     function = getattr(load_module(path), name, None)
     if not callable(function):
@@ -196,10 +209,8 @@ def load_module(path: str) -> Any:
     sys.path.insert(1, str(file.parent))
     sys.argv = [path]  # our flags are not its own
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"--reward: {path} fails on import ({reason}).") from error
+        with explained(f"--reward: {path} fails on import"):
+            spec.loader.exec_module(module)
     finally:
         sys.argv = argv
         torch.set_num_threads(threads)
@@ -209,10 +220,9 @@ def load_module(path: str) -> Any:
 
 
 @torch.no_grad()
-def compute_rewards(functions: dict, images: Tensor, lines: list[dict]) -> dict[str, Tensor]:
-    """Every reward of N images, in one call each, checked: name -> (N,) fp32 on their device.
-    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file
-    A reward that is a torch.nn.Module visits the device.  Raises UserError."""
+def compute_rewards(functions: dict, images: Tensor, lines: list[dict]) -> dict:
+    """Every reward of N images, in one call each: name -> (N,) fp32 on their device, checked.
+    images: (N, 3, H, W) in [0, 1];  lines: N entries of a prompt file.  Raises UserError."""
     results = {}
     for name, function in functions.items():
         with visiting([function], images.device):
@@ -236,17 +246,17 @@ def visiting(parts: Iterable[Any], device: torch.device):
             tensor.data = data
 
 
-def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]) -> Tensor:
-    """One call of a reward, checked: (n,) fp32 on the images' device, NaN where it abstains.
-    It abstains from lines that are not its own (see rows_for), and where its list holds None.
-    Raises UserError, naming reward and prompts, if it fails, or has another shape or NaNs."""
+def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]):
+    """One call of a reward, checked: (n,) fp32 on the images' device; NaN where it abstains, by its
+    applies(line) or a None.  UserError, naming reward and prompts: it fails, other shape, NaNs."""
     scores = torch.full((len(lines),), math.nan, device=images.device)
-    rows = rows_for(function, lines)
+    entries = [copy.deepcopy(line) for line in lines]  # a reward may change what it gets
+    rows = rows_for(name, function, entries)
     if not rows:
         return scores
-    metadata = [copy.deepcopy(lines[row]) for row in rows]  # a reward may change what it gets
+    metadata = [entries[row] for row in rows]
     prompts = [entry.pop("prompt") for entry in metadata]
-    try:
+    with explained(f'reward "{name}" failed on {quoted(prompts)}'):
         found: Any = function(images[rows], prompts, metadata)
         if isinstance(found, tuple) and isinstance(found[-1], dict):  # (scores, info), as DDPO's
             found = found[0]
@@ -254,11 +264,6 @@ def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]
         if any(abstains):
             found = [math.nan if score is None else score for score in found]
         found = torch.as_tensor(found, dtype=torch.float32, device=images.device)
-    except (UserError, torch.OutOfMemoryError):  # the scripts know a mend for the second
-        raise
-    except Exception as error:  # a user's own reward may raise anything
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise UserError(f'reward "{name}" failed on {quoted(prompts)} ({reason}).') from error
     if found.shape != (len(rows),):
         shape = tuple(found.shape)
         fail(f'reward "{name}" returned shape {shape} for {len(rows)} images: {quoted(prompts)}.')
@@ -272,7 +277,7 @@ def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]
 
 def quoted(prompts: list[str]) -> str:
     """The first three distinct prompts, quoted, for an error message."""
-    return ", ".join(f'"{prompt}"' for prompt in [*dict.fromkeys(prompts)][:3])
+    return ", ".join(f'"{" ".join(prompt.split())}"' for prompt in [*dict.fromkeys(prompts)][:3])
 
 
 # -------------------------------------------------------------------------------------- advantages
@@ -303,11 +308,13 @@ def group_advantages(rewards: dict, group_size: int, weights: dict, std="group",
         if has.any():
             metrics[f"reward/{name}"] = reward.nanmean()
     metrics["advantage/zero_std_groups"] = (adv == 0).all(dim=1).float().mean()
-    weighted = torch.stack([weights[name] * reward for name, reward in rewards.items()])
-    abstained = weighted.isnan()
-    if abstained.all():
+    counted = [weights[name] * rewards[name] for name in rewards if weights[name]]
+    weighted = torch.stack(counted)  # a weight of 0 only logs
+    scored = ~weighted.isnan().all(dim=0)
+    if not scored.any():
         fail("every reward abstains from every image of this iteration.")
-    total = weighted.nansum(dim=0)[~abstained.all(dim=0)]
+    total = weighted.nansum(dim=0)[scored]
+    abstained = torch.stack([*rewards.values()]).isnan()
     metrics["reward/abstained"] = abstained.float().mean()
     metrics |= {"reward/mean": total.mean(), "reward/std": total.std(correction=0)}
     adv = adv if clamp is None else adv.clamp(-clamp, clamp)
@@ -330,8 +337,8 @@ def encoded(images: Tensor, format: str, **options) -> list[bytes]:
     return [file.getvalue() for file in files]
 
 
-def image_grid(images: Tensor, captions: list[str]) -> Image.Image:
-    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their captions below."""
+def image_grid(images: Tensor, lines: list[dict]) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1], six a row, 128 to 256 px wide, with their prompts below."""
     side = min(256, max(128, images.shape[3]))
     width, height = side + 8, side + 40  # of a cell: a margin of 4 px, room for the caption
     columns, rows = min(6, len(images)), -(-len(images) // 6)
@@ -339,8 +346,8 @@ def image_grid(images: Tensor, captions: list[str]) -> Image.Image:
     draw = ImageDraw.Draw(grid)
     for i, picture in enumerate(pictures(images)):
         x, y = i % 6 * width + 4, i // 6 * height + 4
-        caption, font = drawable(captions[i], i + 1)
-        letters = int(side * len(caption) / font.getlength(caption))  # of a line
+        caption, font = drawable(lines[i]["prompt"], i + 1)
+        letters = int(side * len(caption) / max(1, font.getlength(caption)))  # of a line
         caption = "\n".join(textwrap.wrap(caption, letters)[:3])
         grid.paste(picture.resize((side, side)), (x, y))
         draw.text((x, y + side), caption, "black", font, spacing=0)
@@ -361,27 +368,17 @@ def drawable(text: str, number: int) -> tuple[str, Any]:
 
 
 # --------------------------------------------------- shapes, the bundled world's verifier; and jpeg
-GROUND = (240, 240, 235)  # RGB of the empty canvas
-PALETTE = {
-    "red": (220, 40, 40), "green": (40, 170, 70),
-    "blue": (40, 70, 230), "yellow": (240, 200, 20),
-    "purple": (170, 40, 200), "cyan": (30, 200, 220),
-}  # fmt: skip
-SHAPES = ("circle", "square", "triangle")
-SIDES = {"left of": (-1, 0), "right of": (1, 0),  # direction in pixels, y downwards
-         "above": (0, -1), "below": (0, 1)}  # fmt: skip
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y downwards
 
 
 def shapes(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """Rule-based verifier of tiny_sd3's world: the share of its clauses that an image meets, 0...1.
-    Abstains without metadata "include" (prompts/shapes_*.jsonl).  No model, no licence.  Source:
-    this project, with GenEval's tasks and metadata; the rules are in tiny_sd3/verifier.py."""
+    """Rule-based verifier of the bundled world: the share of a prompt's clauses that hold, 0...1.
+    Abstains without metadata "include", GenEval's.  No model, no licence.  Source: this project."""
     from tiny_sd3.verifier import clauses, find_objects
 
-    shares = []
-    for objects, meta in zip(find_objects(images), metadata, strict=True):
-        held = clauses(objects, meta["include"])
-        shares.append(sum(held) / len(held))
+    pairs = zip(find_objects(images), metadata, strict=True)
+    verdicts = [clauses(objects, meta["include"]) for objects, meta in pairs]
+    shares = [sum(held) / len(held) for held in verdicts]
     return torch.tensor(shares, device=images.device)
 
 
@@ -389,19 +386,27 @@ def asks_for(line: dict, classes: Iterable, colours: Iterable) -> bool:
     """Whether a line has GenEval's "include", what its verifiers read:  [{"class", "count",
     "color"?, "position": [side, index of an earlier entry]?}].  UserError if it is another."""
     item = include = line.get("include") or []
+    exclude = line.get("exclude") or []
     try:
-        for number, item in enumerate([*include, *line.get("exclude", [])]):
-            side, index = item.get("position", ("above", None))
+        for number, item in enumerate([*include, *exclude]):
+            side, index = item.get("position") or ("above", None)
             known = item["class"] in classes and item.get("color") in colours and side in SIDES
-            if not known or index not in (None, *range(number)) or item["count"] < 1:
+            if not known or index not in (None, *range(number)):
                 raise ValueError
+            range(1, 100).index(item["count"])  # 2.0 is one, 1.5 is none
     except (AttributeError, LookupError, TypeError, ValueError):
-        place = getattr(line, "place", Line.place)
-        fail(f"{place} includes an unknown class, color, count or side: {item}.")
+        where = getattr(line, "place", Line.place)
+        fail(f"{where} includes an unknown class, color, count or side: {item}.")
     return bool(include)
 
 
-shapes.applies = partial(asks_for, classes=SHAPES, colours=PALETTE)  # type: ignore[attr-defined]
+def shapes_apply(line: dict) -> bool:
+    from tiny_sd3.verifier import PALETTE, SHAPES
+
+    return asks_for(line, SHAPES, PALETTE)
+
+
+shapes.applies = shapes_apply  # type: ignore[attr-defined]
 
 
 def jpeg(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -418,17 +423,14 @@ CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s
 @contextmanager
 def loading(name: str, source: str):
     """Whatever goes wrong inside, a missing, gated, damaged or unsafe model, becomes UserError."""
-    try:
+    who, flag = f"reward {name}:", f"--reward {name}@FOLDER=1"
+    if name == "--model":  # of the scripts, a diffusers pipeline
+        who, flag = name, "--model FOLDER"
+        if Path(source).is_file():
+            fail(f"{who} {source} cannot be loaded (a single file); name a folder: {flag}.")
+    mend = f"; check the network, run `hf auth login` if it is gated, or name a folder: {flag}"
+    with explained(f"{who} {source} cannot be loaded", mend):
         yield
-    except Exception as error:  # of another class than expected, a folder raises anything
-        text = re.sub(r":\s+", ": ", str(error).strip(), count=1)  # the reason is on the next line
-        reason = text.split("\n")[0].rstrip(". ")
-        who, flag = f"reward {name}:", f"--reward {name}@FOLDER=1"
-        if name == "--model":  # of the scripts, a diffusers pipeline
-            who, flag = name, "--model FOLDER"
-            reason = "a single file, no diffusers folder" if Path(source).is_file() else reason
-        mend = f"check the network, run `hf auth login` if it is gated, or name a folder: {flag}"
-        raise UserError(f"{who} {source} cannot be loaded ({reason}); {mend}.") from error
 
 
 def load_pretrained(name: str, kind: str, source: str, dtype=torch.float32, **options) -> Any:
@@ -451,7 +453,7 @@ def load_pretrained(name: str, kind: str, source: str, dtype=torch.float32, **op
     return model.eval().requires_grad_(False)
 
 
-def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> dict:
+def load_weights(name: str, source: str, file: str, names: dict) -> dict:
     """Tensors of a file of a hub id or folder, renamed by names' patterns, one after the other."""
     state = {}
     with loading(name, f"{source}/{file}"):
@@ -469,8 +471,7 @@ def load_weights(name: str, source: str, file: str, names: dict[str, str]) -> di
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
-    keys = [key for key in state if key.startswith(prefix)]
-    return {key.removeprefix(prefix): state[key] for key in keys}
+    return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
 
 
 def linear_stack(name: str, source: str, state: dict, numbers="02467", between=torch.nn.Identity):
@@ -575,14 +576,12 @@ class Aesthetic(torch.nn.Module):
 
 OPEN_CLIP = {  # open_clip's names to transformers', one pattern after the other
     r"^visual\.proj$": "visual_projection.weight", r"^text_projection$": "text_projection.weight",
-    r"^visual\.": "vision_model.",
-    r"^(?=token_|positional_|transformer|ln_final)": "text_model.",
+    r"^visual\.": "vision_model.", r"^(?=token_|positional_|transformer|ln_final)": "text_model.",
     r"\.transformer\.resblocks": ".encoder.layers", r"\.(class|token)_emb": r".embeddings.\1_emb",
     r"\.positional_embedding$": ".embeddings.position_embedding.weight",
-    r"\.conv1": ".embeddings.patch_embedding", r"\.attn\.": ".self_attn.",
-    r"\.ln_pre": ".pre_layrnorm", r"\.ln_post": ".post_layernorm",
+    r"\.conv1": ".embeddings.patch_embedding", r"\.attn\.": ".self_attn.", r"\.c_fc": ".fc1",
+    r"\.ln_pre": ".pre_layrnorm", r"\.ln_post": ".post_layernorm", r"\.c_proj": ".fc2",
     r"\.ln_final": ".final_layer_norm", r"\.ln_": ".layer_norm",
-    r"\.c_fc": ".fc1", r"\.c_proj": ".fc2",
 }  # fmt: skip
 
 
@@ -597,7 +596,7 @@ def hpsv2(source: str | None = None) -> RewardFn:
                 state[key.replace("in_proj_", f"{letter}_proj.")] = part
         elif key != "attn_mask":  # a buffer of old checkpoints
             state[key] = tensor.T if "_projection." in key else tensor
-    config = load_pretrained("hpsv2", "CLIPConfig", source or CLIP_H)
+    config = load_pretrained("hpsv2", "AutoConfig", source or CLIP_H)  # not a default one
     return Clip("hpsv2", hub, source or CLIP_H, pad=True, config=config, state_dict=state)
 
 
@@ -670,10 +669,9 @@ class HPSv3(torch.nn.Module):
         state = load_weights(name, hub, "HPSv3.safetensors", {r"^model\.": "language_model."})
         self.head = linear_stack(name, hub, part_of(state, "rm_head."), "035", torch.nn.ReLU)
         weights = {key: state[key] for key in state if not key.startswith(("rm_head", "lm_head"))}
-        config = load_pretrained(name, "Qwen2VLConfig", qwen)
+        config = load_pretrained(name, "AutoConfig", qwen)
         with loading(name, hub):  # its own vocabulary: Qwen's is padded
-            embedding = weights["language_model.embed_tokens.weight"]
-        config.text_config.vocab_size = len(embedding)
+            config.text_config.vocab_size = len(weights["language_model.embed_tokens.weight"])
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         parts = dict(config=config, state_dict=weights)
         self.model = load_pretrained(name, "Qwen2VLModel", hub, dtype, **parts)
@@ -728,8 +726,8 @@ class Ocr(torch.nn.Module):
         hub = source or "stepfun-ai/GOT-OCR-2.0-hf"
         self.model = load_pretrained("ocr", "GotOcr2ForConditionalGeneration", hub)
         self.processor = load_pretrained("ocr", "GotOcr2Processor", hub)
-        blank = Image.new("RGB", (64, 64))  # the question is the same for every image
-        self.question = self.processor(blank, return_tensors="pt")
+        # the question is the same for every image
+        self.question = self.processor(Image.new("RGB", (64, 64)), return_tensors="pt")
         self.stop = dict(stop_strings="<|im_end|>", do_sample=False, max_new_tokens=64)
 
     def applies(self, line):
@@ -751,16 +749,20 @@ class Ocr(torch.nn.Module):
 QUOTES = ('""', "“”", "„“”", "””", "«»", "»«»", "‹›", "›‹›", "「」", "『』", "〝〞〟", "＂＂")
 QUOTED = re.compile("|".join(f"{pair[0]}([^{pair}]*)[{pair[1:]}]" for pair in QUOTES))
 
+SINGLE = r"‘(.*?)’(?!\w)|(?<!\w)'(?!n')(.+?)'(?!\w)"  # no apostrophe, nor that of rock 'n' roll
+
 
 def ocr_target(prompt: str, meta: dict) -> str:
     """Metadata "text", or what the prompt's first quotes enclose, of whatever language, or "".
-    Single ones count where there are no others.  Raises UserError if they do not pair up."""
-    if meta.get("text"):
-        return str(meta["text"])
+    Single ones count where there are no others.  Raises UserError if those do not pair up."""
+    found = meta.get("text") or ""
+    text = " ".join(map(str, found if isinstance(found, list) else [found]))  # several signs
+    if text.strip():
+        return text
     if re.search(f"[{''.join(QUOTES)}]", QUOTED.sub("", prompt)):
         place = getattr(meta, "place", Line.place)
         fail(f"{place} has quotes that do not pair up: {prompt}")
-    pairs = [*QUOTED.finditer(prompt)] or [*re.finditer(r"‘(.*?)’(?!\w)", prompt)]
+    pairs = [*QUOTED.finditer(prompt)] or [*re.finditer(SINGLE, prompt)]
     texts = [pair[pair.lastindex or 1].strip() for pair in pairs]
     return next(filter(None, texts), "")
 
@@ -798,7 +800,7 @@ class GenEval(torch.nn.Module):
     Not GenEval's own score, whose detector has other weights.  Metadata as GenEval's: tag,
     include [{class, count, color?, position?}], exclude?.  Source: arXiv 2310.11513.
     Hub: facebook/mask2former-swin-small-coco-instance (licence "other") finds objects, CLIP_L (MIT)
-    names their colours, each cut out on grey.  A FOLDER holds a folder of each, named like it."""
+    names their colours, each cut out on grey.  A FOLDER holds a folder of each."""
 
     def __init__(self, source: str | None = None):
         super().__init__()
@@ -833,8 +835,7 @@ class GenEval(torch.nn.Module):
         found = self.processor.post_process_instance_segmentation(out, MIN_SCORE, **options)[0]
         # without objects there is one empty map
         for info, mask in zip(found["segments_info"], found["segmentation"], strict=False):
-            box = Image.fromarray(mask.numpy() > 0).getbbox()
-            left, top, right, bottom = box
+            box = left, top, right, bottom = Image.fromarray(mask.numpy() > 0).getbbox()
             on_grey = torch.where(mask.to(image.device) > 0, image, 0.6)  # GenEval's grey, #999
             crop = on_grey[:, top:bottom, left:right]
             yield self.classes[info["label_id"]], info["score"], box, crop
@@ -851,9 +852,8 @@ class GenEval(torch.nn.Module):
 def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable) -> float:
     """1 if the objects of an image are those asked for, else 0.   [GenEval, arXiv 2310.11513]
     detections: (class, confidence, box, crop);  colours_of(class, crops): their colours
-    include: `count` objects of a class, the most confident ones, all of its color, each on its side
-    of each of the earlier entry that its position names, [side, index]
-    exclude: fewer than `count` of a class"""
+    include: `count` of a class, the most confident ones, all of its color, each on its side of each
+    of the earlier entry in its position, [side, index];  exclude: fewer than `count` of a class"""
     least = MIN_SCORE_COUNTING if meta.get("tag") == "counting" else MIN_SCORE
     found: dict[str, list] = defaultdict(list)
     for name, confidence, *seen in sorted(detections, key=lambda detection: -detection[1]):
@@ -861,17 +861,18 @@ def geneval_rules(detections: Iterable[tuple], meta: dict, colours_of: Callable)
             found[name].append(seen)
     groups: list[list] = []
     for item in meta["include"]:
-        objects = found[item["class"]][: item["count"]]
+        objects = found[item["class"]][: int(item["count"])]  # perhaps 2.0, as pandas writes
         held = len(objects) == item["count"]
-        if held and "color" in item:
+        if held and item.get("color"):
             crops = [crop for _, crop in objects]
             held = set(colours_of(item["class"], crops)) == {item["color"]}
-        if held and "position" in item:
+        if held and item.get("position"):
             side, index = item["position"]
-            ways = [relative_sides(box, other) for box, _ in objects for other, _ in groups[index]]
+            pairs = itertools.product(objects, groups[int(index)])
+            ways = [relative_sides(a[0], b[0]) for a, b in pairs]
             held = bool(ways) and all(side in way for way in ways)
         groups.append(objects if held else [])
-    for item in meta.get("exclude", []):
+    for item in meta.get("exclude") or []:
         if len(found[item["class"]]) >= item["count"]:
             return 0.0
     return float(all(groups))
@@ -885,15 +886,15 @@ def relative_sides(a: tuple, b: tuple) -> set[str]:
     way = centre_a - centre_b
     margin = MARGIN * corners.diff(dim=1).sum(dim=(0, 1))
     kept = way.sign() * (way.abs() - margin).clamp_min(0)
-    directions = torch.tensor([*SIDES.values()]).double()
-    far = directions @ kept > 0.5 * way.norm()
+    far = torch.tensor([*SIDES.values()]).double() @ kept > 0.5 * way.norm()
     return {side for side, holds in zip(SIDES, far, strict=True) if holds}
 
 
 JUDGE_TIMEOUT, JUDGE_REQUESTS = 120.0, 16  # s for an answer; requests at the same time
 JUDGE_PAUSES = (2.0, 4.0, 8.0)  # s before each further try
 # "NAME Score (1-5): x", in markdown or TeX too; a minus before x makes it no score
-SCORE = r"(\w+)[ _*-]*score[ _*]*(?:\([^)]*\))?[ _*]*[:：][^\w−–-]*(?:boxed{)?(-?\d+(?:\.\d+)?)"
+SCORE = r"([^\W_]+)[ _*-]*score[ _*]*(?:\([^)]*\))?[ _*]*[:：][^\w−–-]*(?:boxed{)?(-?\d+(?:\.\d+)?)"
+SCORE += r"(?![\d.]*\s*[-−–]\s*\d|,\d)"  # neither a range, 1-5, nor a decimal comma
 JUDGE_QUESTION = (
     "This image was generated for the prompt: {prompt}\n"
     "Rate how well it shows what the prompt asks for, and how good it looks, from 1 (poor) to 5 "
@@ -954,16 +955,15 @@ def chat_judge(name: str, source: str | None, divisor: float) -> RewardFn:
 
 def judge_scores(answer: str) -> list[float]:
     """Each last x of "NAME Score: x", or that of "Final Score" alone; [] if one is not in 1...5."""
-    found = re.findall(SCORE, answer, re.IGNORECASE)
+    found = re.findall(SCORE, answer.rpartition("</think>")[2], re.IGNORECASE)
     scores = {name.lower(): float(number) for name, number in found}
     counted = [scores["final"]] if "final" in scores else [*scores.values()]
     return counted if all(1 <= score <= 5 for score in counted) else []
 
 
-def ask_judge(name: str, url: str, keys: tuple, body: dict | None = None) -> str:
+def ask_judge(name: str, url: str, keys: tuple, body: dict | None = None):
     """The text under these keys of the JSON at a URL, asked for again after JUDGE_PAUSES."""
-    request = Request(url, body and json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
+    request = Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
     key = os.environ.get("OPENAI_API_KEY", "none")
     request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host alone
     host = urlsplit(url).hostname or ""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unittest.mock
 
+import diffusers
 import pytest
 import torch
 from conftest import DOCS, SMALL, load, run
@@ -127,6 +128,22 @@ def test_a_run_on_two_kinds_of_lines(tmp_path, script):
         assert line["advantage/zero_std_groups"] >= 0.25
 
 
+@both
+def test_an_evaluation_leaves_out_what_abstains_from_all_of_it(tmp_path, script):
+    """NaN is no JSON."""
+    file = write(tmp_path / "tones.py", MIXED)
+    tone = '{"prompt": "a dark red circle", "tone": 1}'
+    prompts = write(tmp_path / "tone.jsonl", f"{tone}\n{tone}")
+    text = "def none(images, prompts, metadata):\n    return [None] * len(images)\n"
+    silent = write(tmp_path / "silent.py", text)
+    flags = f"--reward {file}:dark=1,{silent}:none=0 --prompts {prompts} --eval_prompts {prompts}"
+    run(tmp_path / "run", *flags.split(), "--iterations", "1", script=script)
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert all("eval/dark" in line and "eval/none" not in line for line in lines)
+    assert lines[1]["reward/abstained"] == 0.5
+
+
 def test_the_docs_mixed_file_gives_each_reward_its_line(tmp_path):
     """docs/rewards.md: one file of three tasks."""
     block = re.search(r"```json\n(\{.*?)```", DOCS, re.S)[1]
@@ -136,9 +153,9 @@ def test_the_docs_mixed_file_gives_each_reward_its_line(tmp_path):
         reward = torch.nn.Module()
         reward.classes = {0: "dog", 1: "cat"}
         reward.applies = lambda line, reader=reader, reward=reward: reader.applies(reward, line)
-        rows[name] = rewards.rows_for(reward, lines)
+        rows[name] = rewards.rows_for(name, reward, lines)
     assert rows == {"geneval": [0], "ocr": [1]} and len(lines) == 3
-    assert rewards.rows_for(rewards.jpeg, lines) == [0, 1, 2]
+    assert rewards.rows_for("jpeg", rewards.jpeg, lines) == [0, 1, 2]
 
 
 @both
@@ -259,6 +276,97 @@ def test_a_reward_file_may_be_called_like_our_modules(tmp_path):
     import json as ours
 
     assert sys.modules["rewards"] is rewards and ours.loads("1") == 1
+
+
+APPLIES = """
+import sys
+def scored(images, prompts, metadata):
+    return images.mean(dim=(1, 2, 3))
+def lacks(line):
+    return line["lang"] == "en"
+def changes(line):
+    return line.pop("tags", None) is not None and line.clear() is None
+def leaves(images, prompts, metadata):
+    sys.exit()
+def breaks(images, prompts, metadata):
+    raise RuntimeError("no reason\\nat all")
+def make(applies):
+    def reward(images, prompts, metadata):
+        return scored(images, prompts, metadata)
+    reward.applies = applies
+    return reward
+lacking, changing = make(lacks), make(changes)
+"""
+
+
+def test_what_a_rewards_own_applies_raises_or_changes(tmp_path):
+    """It is named with the prompt, and sees copies, as the reward does."""
+    file, before = write(tmp_path / "own.py", APPLIES), json.dumps(LINES)
+    message = '"lacking" failed in applies.. on "p0" .KeyError: \'lang\''
+    with pytest.raises(rewards.UserError, match=message):
+        rewards.load_rewards(f"{file}:lacking", LINES)
+    functions, _ = rewards.load_rewards(f"{file}:lacking")
+    with pytest.raises(rewards.UserError, match=message):
+        rewards.compute_rewards(functions, IMAGES, LINES)
+    rewards.load_rewards(f"{file}:changing", LINES)
+    assert json.dumps(LINES) == before
+
+
+@pytest.mark.parametrize("name, reason", [("leaves", "SystemExit"), ("breaks", "no reason")])
+def test_a_reward_that_exits_or_a_prompt_of_two_lines_is_one_sentence(
+    tmp_path, capsys, name, reason
+):
+    """With the reason behind the prompt, in a line of its own on stderr."""
+    functions, _ = rewards.load_rewards(f"{write(tmp_path / 'own2.py', APPLIES)}:{name}")
+    lines = [{"prompt": "A cat.\nIt sits  on a mat."}]
+    with pytest.raises(SystemExit) as stopped, rewards.one_sentence():
+        rewards.compute_rewards(functions, IMAGES[:1], lines)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f'error: reward "{name}" failed on "A cat. It sits on a mat." (')
+    assert reason in said
+
+
+def test_a_reward_file_is_one_of_python(tmp_path):
+    file = write(tmp_path / "notes.txt", "def f(images, prompts, metadata): ...")
+    with pytest.raises(rewards.UserError, match=r"no Python file .*notes\.txt"):
+        rewards.load_rewards(f"{file}:f")
+
+
+def test_nulls_of_a_mixed_file_are_what_is_absent():
+    """As pandas writes the keys that other lines have, and whole numbers as floats."""
+    nothing = {"color": None, "position": None}
+    first, second = ({"class": name, "count": 2.0} | nothing for name in ("cat", "dog"))
+    second["position"] = ["left of", 0.0]
+    line = {"prompt": "cats and dogs", "include": [first, second], "exclude": None, "text": None}
+    assert rewards.asks_for(line, ("cat", "dog"), (None, "red"))
+    assert not rewards.asks_for({"prompt": "a", "include": None, "exclude": None}, (), ())
+    places = [("cat", 0.9, (60 + x, 0, 70 + x, 10), None) for x in (0, 20)]
+    places += [("dog", 0.9, (x, 0, x + 10, 10), None) for x in (0, 20)]
+    whole = {"include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 2}]}
+    whole["include"][1]["position"] = ["left of", 0]
+    for detections in (places, places[::-1], places[1:], places[:3], []):
+        found = [rewards.geneval_rules(detections, meta, None) for meta in (line, whole)]
+        assert found == [float(len(detections) == 4)] * 2
+
+
+def test_a_reward_that_is_only_logged_changes_no_total():
+    """reward/mean and std are of the images that a weighted reward has; without any it stops."""
+    judge, logged = torch.tensor([4.0, 5.0, NAN, NAN]), torch.tensor([0.5, 0.25, 0.25, 1.0])
+    _, alone = rewards.group_advantages({"judge": judge}, 2, {"judge": 1.0})
+    both = {"judge": judge, "logged": logged}
+    adv, metrics = rewards.group_advantages(both, 2, {"judge": 1.0, "logged": 0.0})
+    assert metrics["reward/mean"] == alone["reward/mean"] == 4.5
+    assert metrics["reward/std"] == alone["reward/std"] == 0.5
+    assert metrics["reward/abstained"] == 0.25 and metrics["reward/logged"] == 0.5
+    assert adv[2:].tolist() == [0, 0] and adv[0] < 0 < adv[1]
+    both["judge"] = torch.full((4,), NAN)
+    with pytest.raises(rewards.UserError, match="every reward abstains"):
+        rewards.group_advantages(both, 2, {"judge": 1.0, "logged": 0.0})
+
+
+def test_a_caption_without_width_is_drawn():
+    assert rewards.image_grid(IMAGES[:1], [{"prompt": "\u200b"}]).size[0] > 100
 
 
 SPOILERS = """
@@ -420,6 +528,32 @@ def test_a_single_file_or_a_part_of_a_pipeline_is_one_sentence(tmp_path):
             assert "\n" not in str(refused.value)
 
 
+@both
+def test_a_gated_model_of_a_preset_is_one_sentence_that_says_how_to_log_in(script, monkeypatch):
+    def gated(path):
+        raise OSError(f"{path} is not a local folder.\nLog in, perhaps.")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", gated)
+    args = script.parse_args(["--model", "sd3"])
+    with pytest.raises(rewards.UserError, match=r"--model stabilityai.*hf auth login") as refused:
+        script.load_model(args, torch.device("cpu"))
+    assert "\n" not in str(refused.value)
+
+
+@both
+def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    script, monkeypatch, tmp_path
+):
+    """Each process has another name for its run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.time, "strftime", lambda name: name)
+    names = set()
+    for pid in (7, 8):
+        monkeypatch.setattr(script.os, "getpid", lambda pid=pid: pid)
+        names.add(script.open_run(script.parse_args([]), 0)[0])
+    assert len(names) == 2 and all(name.is_dir() for name in names)
+
+
 # ---------------------------------------------------------------------------------------- captions
 class Font:
     """A font that has ASCII and some more letters; every other is its box."""
@@ -453,7 +587,10 @@ def test_captions_are_drawn_in_a_font_that_has_them_or_numbered(kind, monkeypatc
     caption, _ = rewards.drawable(text, 3)
     assert caption.startswith("3: ") and caption.isascii()
     assert rewards.drawable("a red fox", 3)[0] == "a red fox"
-    assert rewards.image_grid(IMAGES, [text, "a red fox", text, text]).size[0] == 4 * 136
+    assert (
+        rewards.image_grid(IMAGES, [{"prompt": t} for t in (text, "a red fox", text, text)]).size[0]
+        == 4 * 136
+    )
     fonts = {"DejaVuSans.ttf": Font(""), "msyh.ttc": Font(text)}
 
     def some_installed(name, size, **options):

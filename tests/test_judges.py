@@ -350,6 +350,9 @@ def test_geneval_refuses_what_it_cannot_judge(tiny_geneval, tmp_path):
         "side: a": "a red cat",
         "'many'": [dict(cat, count="many")],
         "'count': 0": [dict(cat, count=0)],
+        "'count': 1.5": [dict(cat, count=1.5)],
+        "'count': None": [dict(cat, count=None)],
+        "'above', 0.5": [cat, dict(cat, position=["above", 0.5])],
         "{'count': 1}": [{"count": 1}],
         "5": [5],
     }
@@ -628,6 +631,15 @@ ANSWERS = {  # of the last x of each name, the mean; a "Final Score" alone
     "Final Score: \u20133": None,
     "Final Score: 0": None,
     "Final Score: five": None,
+    "__Alignment Score__: 1\n__Final Score__: 5": 5.0,
+    "alignment_score: 1\nfinal_score: 5": 5.0,
+    "<think>A fair score: 1.</think>Alignment Score: 5\nStyle Score: 4": 4.5,
+    "<think>Final Score: 5</think>I cannot say.": None,
+    "Final Score: (1-5): 4": None,  # a range is no score
+    "Final Score (1-5): 1–5 scale, I give 4": None,
+    "Final Score: 4,5": None,  # 4, or 4.5?
+    "Final Score: 4, since it is good": 4.0,
+    "Final Score: 4 - good": 4.0,
     "I am unable to rate this image.": None,
     "": None,
 }
@@ -743,6 +755,20 @@ def test_judges_need_an_endpoint(monkeypatch):
 def test_ocr_string_rules():
     assert rewards.ocr_target('a sign that says "Open Now" in red', {}) == "Open Now"
     assert rewards.ocr_target('a "x"', {"text": "from metadata"}) == "from metadata"
+    several = {"text": ["Grand Opening", "50% Off"]}
+    assert rewards.ocr_target("", several) == "Grand Opening 50% Off"
+    for empty in (None, "", " ", [], [""], ["", " "]):
+        assert rewards.ocr_target('a "x"', {"text": empty}) == "x"
+        assert rewards.ocr_target("a", {"text": empty}) == ""
+    for prompt, target in (
+        ("A sign that says 'Hello World'.", "Hello World"),
+        ("A storefront with 'Don't walk' written on it, dogs' bowls", "Don't walk"),
+        ("the letter 'A'", "A"),
+        ("the dog's bowl", ""),
+        ("rock 'n' roll", ""),
+        ("the 'one' or \"two\"", "two"),
+    ):
+        assert rewards.ocr_target(prompt, {}) == target, prompt
     for prompt in (
         "no quotes",
         '""',

@@ -508,6 +508,9 @@ def test_hpsv2_equals_an_open_clip_forward_pass(tiny_clip, tmp_path):
     )
     with pytest.raises(rewards.UserError, match=r"hpsv2.*do not fit.*final_layer_norm"):
         rewards.hpsv2(str(folder))
+    (folder / "config.json").unlink()  # as in a copy of the hub's folder of weights
+    with pytest.raises(rewards.UserError, match=r"hpsv2: .*cannot be loaded .*model_type"):
+        rewards.hpsv2(str(folder))
 
 
 def blip_forward(state, pixels, ids, mask, heads=2):

@@ -642,8 +642,8 @@ def stopping(images, prompts, metadata):
 
 def test_sharded_processes_equal_one_and_one_continues(tmp_path):
     """V-GRPO, all weights sharded over two processes, two KLs, two gradient steps an iteration, an
-    average of the weights: as one process; a run of two goes on as two, then as one, and the transformer loads in plain
-    diffusers.
+    average of the weights that is evaluated between two iterations: as one process; a run of two
+    goes on as two, then as one, and the transformer loads in plain diffusers.
     """
     (tmp_path / "own.py").write_text(SHARDED)
     flags = f"--reward {tmp_path}/own.py:sharded --group_size 2 --prompts_per_iter 4 --full true"
@@ -651,12 +651,12 @@ def test_sharded_processes_equal_one_and_one_continues(tmp_path):
     flags += " --kl_beta 0.1 --ref_kl_beta 0.1 --lr 1e-4 --num_pairs 2 --eval_every 1"
     flags += " --ema_decay 0.5"
     two, one, again = tmp_path / "two", tmp_path / "one", ("--resume", str(tmp_path / "two"))
-    begun, more = (small_flags(two, *flags.split(), "--iterations", n) for n in "12")
+    begun, more = (small_flags(two, *flags.split(), "--iterations", n) for n in "23")
     run_processes("vgrpo", 2, begun)
     assert (tmp_path / "sharded").read_text() == "S(0)", "weights are split, not copied"
     run_processes("vgrpo", 2, [*more, *again])
-    run(two, *again, *flags.split(), "--iterations", "3")
-    run(one, *flags.split(), "--iterations", "3")
+    run(two, *again, *flags.split(), "--iterations", "4")
+    run(one, *flags.split(), "--iterations", "4")
     assert_runs_are_close(two, one)
     a, b = (SD3Transformer2DModel.from_pretrained(run / "transformer") for run in (two, one))
     trained = load_file(tmp_path / "one" / vgrpo.CHECKPOINT)
@@ -940,8 +940,8 @@ def test_an_evaluation_draws_twelve_captions_and_counts_padding_once(tmp_path, s
         rows = torch.arange(script.WORLD_SIZE * len(x_0))
         return {"own": torch.where(rows < total, rows, 1000).float()}
 
-    def image_grid(images, captions):
-        grids.append(Grid(images, captions))
+    def image_grid(images, lines):
+        grids.append(Grid(images, [line["prompt"] for line in lines]))
         return grids[-1]
 
     monkeypatch.setattr(script, "generate", generate)

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rewards import GROUND, PALETTE, SHAPES, SIDES, image_grid, shapes  # noqa: E402
+from rewards import SIDES, image_grid, shapes  # noqa: E402
+from tiny_sd3.verifier import GROUND, PALETTE, SHAPES  # noqa: E402
 
 SIZE = 64
 NUMBERS = {1: "a", 2: "two", 3: "three"}
@@ -513,11 +514,9 @@ def sample_grid(pipe, prompts_file: Path, out: Path) -> None:
     ]
     prompts = [line["prompt"] for line in lines]
     images = sample(pipe, prompts, seed=0)
-    captions = [
-        f"{p} ({r:.2f})"
-        for p, r in zip(prompts, shapes(images, prompts, lines).tolist(), strict=True)
-    ]
-    image_grid(images, captions).save(out)
+    scores = shapes(images, prompts, lines).tolist()
+    captions = [f"{p} ({r:.2f})" for p, r in zip(prompts, scores, strict=True)]
+    image_grid(images, [{"prompt": caption} for caption in captions]).save(out)
 
 
 def save(pipe, folder: Path) -> None:

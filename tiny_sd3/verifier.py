@@ -6,8 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards import GROUND, PALETTE, SHAPES, SIDES
+from rewards import SIDES
 
+GROUND = (240, 240, 235)  # RGB of the empty canvas
+PALETTE = {
+    "red": (220, 40, 40), "green": (40, 170, 70),
+    "blue": (40, 70, 230), "yellow": (240, 200, 20),
+    "purple": (170, 40, 200), "cyan": (30, 200, 220),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle")
 MIN_COVERAGE = 0.5  # of a pixel by its object: anti-aliased edges belong to it from half on
 MIN_COSINE = 0.9  # of a pixel's hue to a colour's; two colours of the palette are below 0.9
 MIN_DISTANCE = 0.4  # of another colour to the ground, RGB in [0, 1], to be an object's
