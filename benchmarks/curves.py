@@ -16,11 +16,11 @@ seconds     iterations x the seconds of an iteration: the median over a run's it
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import sys
 import textwrap
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, pstdev, stdev
 
@@ -103,7 +103,7 @@ def reached(points: dict[int, float], level: float) -> float | None:
     start, score = next(iter(points.items()))
     if score >= level:
         return float(start)
-    for (i, a), (j, b) in pairwise(points.items()):
+    for (i, a), (j, b) in itertools.pairwise(points.items()):
         if b >= level:
             return i + (j - i) * (level - a) / (b - a)
     return None
@@ -192,33 +192,20 @@ def ablated(name: str, earlier: str) -> list[dict]:
     return runs(f"{earlier}ablations", name)
 
 
-def ablation_rows(earlier: str) -> list[tuple[str, str, list[float]]]:
-    """panel, label, scores of all seeds after ITERATIONS."""
-    rows = []
-    for panel, entries in PANELS.items():
-        for label, name in entries.items():
-            found = [scores(run)[ITERATIONS] for run in ablated(name, earlier)]
-            rows.append((panel, label, found))
-    return rows
-
-
 def ablation_table(earlier: str = "") -> None:
     """Scores of all ablations, and by how much two means of seeds must differ to tell them apart:
     two standard errors, with the pooled deviation of a seed."""
     titles = ("what", "", "seeds", "mean", "lowest to highest")
     head(f"V-GRPO's eval/shapes after {ITERATIONS} iterations", *titles)
     groups = set()
-    for panel, label, values in ablation_rows(earlier):
+    entries = [(panel, *entry) for panel in PANELS for entry in PANELS[panel].items()]
+    for panel, label, name in entries:
+        values = [scores(run)[ITERATIONS] for run in ablated(name, earlier)]
         if not values:
             row(panel, label, 0, "missing", "")
             continue
-        row(
-            panel,
-            label,
-            len(values),
-            f"{mean(values):.3f}",
-            f"{min(values):.3f} to {max(values):.3f}",
-        )
+        spread = f"{min(values):.3f} to {max(values):.3f}"
+        row(panel, label, len(values), f"{mean(values):.3f}", spread)
         groups.add(tuple(values))  # a set: the default and others stand in several panels
     squares = sum(len(values) * pstdev(values) ** 2 for values in groups)
     freedom = sum(len(values) - 1 for values in groups)
@@ -320,7 +307,7 @@ def paired_table(earlier: str = "") -> None:
                 row(name, base, len(differences), *cells)
 
 
-# ----------------------------------------------------------------- the FAQ's tables, measured once
+# ------------------------------------------------------------------------------ all of the tables
 def defaults_table() -> None:
     """What chose the defaults' prompts, and that they have no average of the weights."""
     titles = ("run", "code", *(f"seed {seed}" for seed in range(5)), "mean", "lowest")
@@ -336,22 +323,11 @@ def defaults_table() -> None:
         row(title, code, *cells, f"{mean(values):.3f}", f"{min(values):.3f}")
 
 
-def average_table() -> None:
-    """Longer runs on all prompts, and averages of the weights by diffusers' EMAModel."""
-    head("eval/shapes of weights and of their average", "run", "seed", "evaluations")
-    for run in load("earlier-average"):
-        for key in ("scores", "average"):
-            points = [f"{score:.3f}" for _, score in run.get(key, [])][1:]
-            if points:
-                row(f"{run['run']}, {key}", run["seed"], " | ".join(points))
-
-
 def print_tables(earlier: str) -> None:
     for level in (0.8, 0.7):
         reach_table(level, earlier)
     for table in (grid_table, seeds_table, ablation_table, steps_table, splits_table, paired_table):
         table(earlier)
-    average_table()
     defaults_table()
 
 
@@ -434,6 +410,7 @@ OWN_PANELS = [
     ("gradient", "norm before clipping", ["optim/grad_norm"]),
     ("time of an iteration", "seconds", ["time/sample", "time/reward", "time/update"]),
 ]
+OTHERS = ("reward/std", "reward/abstained")  # no rewards
 DASHES = ["-", "--", ":", "-."]
 
 
@@ -452,17 +429,10 @@ def load_run(folder: Path) -> list[dict]:
     return run
 
 
-def series(run: list[dict], names: list[str]) -> dict[str, tuple[list, list]]:
-    """metric -> (iterations, values), of all metrics named, or that begin with a named prefix."""
-    found: dict[str, tuple[list, list]] = {}
-    for line in run:
-        for key, value in line.items():
-            prefixed = any(name.endswith("/") and key.startswith(name) for name in names)
-            if (key in names or prefixed) and key != "reward/std":
-                xs, ys = found.setdefault(key, ([], []))
-                xs.append(line["iteration"])
-                ys.append(value)
-    return found
+def metrics_of(own: list[list[dict]], names: list[str]) -> list[str]:
+    """Metrics that any run has, of those named, or that begin with a named prefix."""
+    keys = dict.fromkeys(key for run in own for line in run for key in line)
+    return [key for key in keys if key.startswith(tuple(names)) and key not in OTHERS]
 
 
 def draw_own(folders: list[Path], out: Path) -> None:
@@ -472,18 +442,18 @@ def draw_own(folders: list[Path], out: Path) -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (title, unit, names) in zip(axes.flat, OWN_PANELS, strict=True):
-        dashes: dict[str, str] = {}
-        for number, run in enumerate(own.values()):
-            for key, (xs, ys) in series(run, names).items():
-                dash = dashes.setdefault(key, DASHES[len(dashes) % len(DASHES)])
-                axis.plot(xs, ys, dash, color=f"C{number}", linewidth=1.5)
-        for key, dash in dashes.items():
+        keys = metrics_of([*own.values()], names)
+        for key, dash in zip(keys, itertools.cycle(DASHES)):
+            for number, run in enumerate(own.values()):
+                known = [line for line in run if key in line]
+                points = [[line[name] for line in known] for name in ("iteration", key)]
+                axis.plot(*points, dash, color=f"C{number}", linewidth=1.5)
             axis.plot([], [], dash, color="black", label=key)
         axis.set_title(title)
         axis.set_xlabel("iteration")
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
-        if dashes:
+        if keys:
             axis.legend(fontsize=8)
     handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(own))]
     figure.legend(handles, own, loc="outside lower center", ncols=min(4, len(own)))

@@ -16,12 +16,9 @@ at a time), images (of an iteration); scores, [iteration, eval/shapes] of each e
 number an iteration: reward (the mean of the training images), seconds (sampling, scoring and
 updating, without evaluations), nfe (network evaluations an image, to sample and to update).
 
-Every method has the same prompts (all 456), 192 images an iteration, 10 steps and 50 iterations;
-Pave-GRPO its preset's 384 images and 80 iterations. None has an average of the weights, because
-neither default has. The forward-process methods have the default's KL to the initial model. The
-methods on paths have none by default, so they are run with one as well (NAME_kl). Only the learning
-rate is searched, with seed 0. The best, by the mean of the last two evaluations, is shown with
-three seeds, V-GRPO and Pave-GRPO with five.
+All methods have the same prompts and number of steps, and no average of the weights. Those on paths
+have no KL to the initial model by default, so they are run with one as well (NAME_kl). Only the
+learning rate is searched, with seed 0. The best, by the mean of the last two evaluations, is shown.
 """
 
 import argparse

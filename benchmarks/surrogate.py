@@ -14,8 +14,7 @@ are of the population; cv(x) = std(x) / mean(x).
                   the pairs of all R draws are averaged; 1 / sqrt(R) of a draw's noise is in it
   noise in diff   mean over p and pairs of images g, h of std over r of (L[r, p, g] - L[r, p, h]),
                   over the mean of L[., p, .]: the noise of what GRPO compares; the paper has none
-Weightings have different scales; a cv has none. Paper (arXiv 2604.23380; its model and definition
-were not checked): coefficient of variation .230 -> .128, within a group .170 -> .038.
+Weightings have different scales; a cv has none.
 
 Drift, per t, of a run's weights on images of the initial model, so each run has the same ones.
   drift      mean (v - v_initial)^2

@@ -442,13 +442,13 @@ def test_documented_variance_is_what_the_results_say(capsys):
 
 
 def test_every_result_names_its_run_and_every_script_is_listed():
-    """At most 15 files, 9 scripts and 2,270 lines; benchmarks/README.md names each of them."""
+    """At most 15 files, 9 scripts and 2,230 lines; benchmarks/README.md names each of them."""
     folder = ROOT / "benchmarks"
     files, programs = sorted((folder / "results").iterdir()), sorted(folder.glob("*.py"))
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert len(files) <= 15 and len(programs) <= 9
     lines = [line for path in programs for line in path.read_text().splitlines()]
-    assert len(lines) <= 2270 and max(map(len, lines)) <= 100
+    assert len(lines) <= 2230 and max(map(len, lines)) <= 100
     for path in files:
         assert path.suffix == ".jsonl" and path.name in text, path
         runs = [json.loads(line) for line in path.read_text().splitlines()]
@@ -460,19 +460,19 @@ def test_every_result_names_its_run_and_every_script_is_listed():
 
 
 def test_curves_of_own_runs(tmp_path, capsys):
-    """Every metric of a panel becomes one series; a line cut by a kill is left out, damage is named."""
+    """A panel has its metrics; a line cut by a kill is left out, damage is named."""
     good = tmp_path / "good"
     good.mkdir()
     lines = [{"iteration": 0, "eval/shapes": 0.4}]
     for i in (1, 2):
-        lines.append(
-            {"iteration": i, "reward/mean": 0.1 * i, "reward/std": 9.0, "time/sample": 3.0}
-        )
+        rewards = {"reward/mean": 0.1 * i, "reward/std": 9.0, "reward/abstained": 0.0}
+        lines.append({"iteration": i, "time/sample": 3.0} | rewards)
     text = "\n".join(json.dumps(line) for line in lines)
     (good / "metrics.jsonl").write_text(text + '\n{"iteration": 3, "rew')
     run = curves.load_run(good)
-    assert curves.series(run, ["reward/"]) == {"reward/mean": ([1, 2], [0.1, 0.2])}
-    assert curves.series(run, ["eval/"]) == {"eval/shapes": ([0], [0.4])}
+    assert [line["iteration"] for line in run] == [0, 1, 2]
+    assert curves.metrics_of([[], run], ["reward/"]) == ["reward/mean"]
+    assert curves.metrics_of([run], ["eval/", "time/sample"]) == ["eval/shapes", "time/sample"]
     for content in (None, "", "{\n" + text, "[1]\n" + text, "\xff"):
         bad = tmp_path / f"bad-{content and len(content)}"
         bad.mkdir()
