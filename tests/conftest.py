@@ -32,6 +32,14 @@ make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
 
+@pytest.fixture(autouse=True)
+def same_path():
+    """A reward file's folder stays on sys.path, as a script's does; a test may call one json.py."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+
+
 def load(*flags):
     return vgrpo.load_model(vgrpo.parse_args(list(flags)), torch.device("cpu"))
 
