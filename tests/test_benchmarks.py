@@ -435,8 +435,9 @@ def test_documented_tables_are_what_the_results_say(table, version, capsys):
     assert "\n".join(rows) in DOCS
 
 
-def test_documented_variance_is_what_the_results_say(capsys):
-    surrogate.noise_table()
+@pytest.mark.parametrize("name", ["noise", "drift"])
+def test_documented_noise_and_drift_are_what_the_results_say(name, capsys):
+    getattr(surrogate, f"{name}_table")()
     rows = printed_rows(capsys)
     assert len(rows) == 12 and "\n".join(rows) in DOCS
 
