@@ -1,8 +1,8 @@
 """Every table and figure of the learning experiments, from the runs that benchmarks/results holds.
 
     python benchmarks/curves.py                    all tables, seconds
-    python benchmarks/curves.py --earlier          those of the version before the rewrite
-    python benchmarks/curves.py --draw             the figures of the docs too; also with --earlier
+    python benchmarks/curves.py --earlier          those that are of the version before the rewrite
+    python benchmarks/curves.py --draw             the figures of the docs too
     python benchmarks/curves.py runs/ONE runs/OTHER    curves of your own runs, into runs.png
 
 Figures need `pip install -r benchmarks/requirements.txt`. learning.py makes the runs. Terms:
@@ -128,28 +128,25 @@ def costs(found: list[dict], level: float) -> tuple[list[float], int, list[float
 
 
 # -------------------------------------------------------------------------------------- methods
-def shown(earlier: str) -> dict[str, tuple[str, list[dict]]]:
-    """method -> its best learning rate and the runs with it, perhaps none."""
+def shown() -> dict[str, tuple[str, list[dict]]]:
+    """method -> its best learning rate and the runs with it; those with a KL if there are any."""
     found = {}
     for method, (_, colour) in LABELS.items():
-        lr = learning.best_lr(method, f"{earlier}methods")
-        kept = runs(f"{earlier}methods", f"{method}-lr{lr}")
+        lr = learning.best_lr(method)
+        kept = runs("methods", f"{method}-lr{lr}")
         if kept or colour:
-            found[method] = lr or "2e-4", kept
+            found[method] = lr, kept
     return found
 
 
-def reach_table(level: float, earlier: str = "") -> None:
+def reach_table(level: float) -> None:
     """Iterations, evaluations and seconds to the level, means over the seeds (lowest to highest),
     and over V-GRPO's."""
     titles = ("method", "lr", "end", "seeds that reach it", "iterations", "evaluations", "seconds")
     head(f"To reach eval/shapes {level}", *titles, "times V-GRPO's", "paper")
     base = None
-    for method, (lr, found) in shown(earlier).items():
+    for method, (lr, found) in shown().items():
         label, _ = LABELS[method]
-        if not found:
-            row(label, lr, "missing", "", "", "", "", "", PAPERS.get(method, ""))
-            continue
         spent, number, means = costs(found, level)
         base = base or means
         sign = "" if number == len(found) else "> "
@@ -163,22 +160,22 @@ def reach_table(level: float, earlier: str = "") -> None:
         row(label, lr, end, reach, *cells, " / ".join(ratios), PAPERS.get(method, ""))
 
 
-def grid_table(earlier: str = "") -> None:
+def grid_table() -> None:
     """By which the best learning rate is chosen."""
     rates = [f"lr {lr}" for lr in LEARNING_RATES]
     head("Mean of the last two evaluations, seed 0", "method", *rates)
     for method in METHODS:
         cells = []
         for lr in LEARNING_RATES:
-            found = runs(f"{earlier}methods", f"{method}-lr{lr}")
-            cells.append(f"{learning.end_of(found[0]):.3f}" if found else "")
+            found = runs("methods", f"{method}-lr{lr}")
+            cells.append(f"{learning.end_of(found[0]):.3f}")
         row(LABELS[method][0], *cells)
 
 
-def seeds_table(earlier: str = "") -> None:
+def seeds_table() -> None:
     """Each run of each method's best learning rate."""
     head("Seeds", "method", "lr", "seed", "before", "best", "end")
-    for method, (lr, found) in shown(earlier).items():
+    for method, (lr, found) in shown().items():
         for run in found:
             values = [score for _, score in run["scores"]]
             cells = [f"{value:.3f}" for value in (values[0], max(values), values[-1])]
@@ -324,22 +321,26 @@ def defaults_table() -> None:
 
 
 def print_tables(earlier: str) -> None:
-    for level in (0.8, 0.7):
-        reach_table(level, earlier)
-    for table in (grid_table, seeds_table, ablation_table, steps_table, splits_table, paired_table):
+    """All of today's, or those that are still of the version before."""
+    if not earlier:
+        for level in (0.8, 0.7):
+            reach_table(level)
+        grid_table()
+        seeds_table()
+        defaults_table()
+    for table in (ablation_table, steps_table, splits_table, paired_table):
         table(earlier)
-    defaults_table()
 
 
 # -------------------------------------------------------------------------------------- figures
-def draw_overview(path: Path, earlier: str) -> None:
+def draw_overview(path: Path) -> None:
     """Reward against minutes: the mean over seeds of each method, the band lowest to highest."""
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for method in METHODS:
         label, colour = LABELS[method]
-        _, found = shown(earlier)[method]
+        _, found = shown()[method]
         rate = seconds_per_iteration(found) / 60
         iterations = list(scores(found[0]))
         values = [[scores(run)[i] for run in found] for i in iterations]
@@ -371,7 +372,7 @@ def draw_images(path: Path, columns: int = 8) -> None:
         draw.text((left + column * side, 2), text, "black", font_size=12)
     y = top
     for method in ("vgrpo", "pave"):
-        lr, found = shown("")[method]
+        lr, found = shown()[method]
         files = sorted((ROOT / f"runs/methods-{method}-lr{lr}-s0/samples").glob("iter_*.png"))
         if not files:
             return print(f"{path.name}: not drawn, the folders of seed 0 are not there")
@@ -388,16 +389,6 @@ def draw_images(path: Path, columns: int = 8) -> None:
                 canvas.paste(cell, (left + column * side, y))
             y += side
     canvas.save(path)
-
-
-def draw(earlier: str) -> None:
-    """The figures of the docs. An incomplete one would be read as complete."""
-    draw_images(HERE / "images.png")
-    few = [LABELS[method][0] for method in METHODS if len(shown(earlier)[method][1]) < 3]
-    if few:
-        print(f"overview.png: not drawn, fewer than three seeds of {', '.join(few)}")
-    else:
-        draw_overview(HERE / "overview.png", earlier)
 
 
 # ----------------------------------------------------------------------- a user's own runs
@@ -476,7 +467,8 @@ def main() -> None:
     earlier = "earlier-" if options.earlier else ""
     print_tables(earlier)
     if options.draw:
-        draw(earlier)
+        draw_images(HERE / "images.png")
+        draw_overview(HERE / "overview.png")
 
 
 if __name__ == "__main__":
