@@ -536,7 +536,7 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
             blocks = [*part.transformer_blocks, *getattr(part, "single_transformer_blocks", ())]
             if args.full and WORLD_SIZE > 1:
                 for module in [*blocks, part]:
-                    fully_shard(module, reshard_after_forward=True)  # swap_average sees shards
+                    fully_shard(module, reshard_after_forward=True)  # swap_average reaches shards
                 part.float()  # the shards: fully_shard has copied them out of the file
             for block in blocks if args.compile else ():
                 block.compile(dynamic=False)
