@@ -63,6 +63,7 @@ MENDS = {
     "--grad_checkpointing.",
     safetensors.SafetensorError: "Disk full, or a file damaged? The checkpoint is intact.",
     ModuleNotFoundError: "Install it with pip.",
+    UnicodeEncodeError: "Set PYTHONIOENCODING=utf-8, so that every name can be printed.",
 }
 
 
@@ -384,7 +385,7 @@ def shapes(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
 
 def asks_for(line: dict, classes: Iterable, colours: Iterable) -> bool:
     """Whether a line has GenEval's "include", what its verifiers read:  [{"class", "count",
-    "color"?, "position": [side, index of an earlier entry]?}].  UserError if it is another."""
+    "color"?, "position": [side, index of an earlier entry]?}].  UserError if it cannot be read."""
     item = include = line.get("include") or []
     exclude = line.get("exclude") or []
     try:
@@ -797,8 +798,7 @@ GENEVAL_NAMES = {  # of COCO's classes, where they differ
 
 class GenEval(torch.nn.Module):
     """GenEval rules, HF detector: 1 if an image shows all that its metadata asks for, else 0.
-    Not GenEval's own score, whose detector has other weights.  Metadata as GenEval's: tag,
-    include [{class, count, color?, position?}], exclude?.  Source: arXiv 2310.11513.
+    Not GenEval's own score: another detector.  Metadata: see asks_for.  Source: arXiv 2310.11513.
     Hub: facebook/mask2former-swin-small-coco-instance (licence "other") finds objects, CLIP_L (MIT)
     names their colours, each cut out on grey.  A FOLDER holds a folder of each."""
 

@@ -268,6 +268,11 @@ SENTENCES = [
         "--grad_checkpointing.\n",
     ),
     (rewards.UserError("a mistake.\nand more"), "error: a mistake.\n"),
+    (
+        UnicodeEncodeError("charmap", "\u4e2d", 0, 1, "character maps to <undefined>"),
+        "error: 'charmap' codec can't encode character '\\u4e2d' in position 0: character maps to "
+        "<undefined>. Set PYTHONIOENCODING=utf-8, so that every name can be printed.\n",
+    ),
     (FileNotFoundError(2, "No such file", "x.txt"), "error: [Errno 2] No such file: 'x.txt'\n"),
     (
         torch.OutOfMemoryError("CUDA out of memory."),
