@@ -8,7 +8,8 @@ A case is a command line, and a process: an illegal memory access ends one. It c
 `sample`, `score`, `update` on a model of real_sizes.py, with fewer repetitions than an iteration:
   sample   one batch of a rollout, with few steps; branches: of one prompt, their ratio the presets'
   score    decoding, beside as many bytes as the rewards weigh; rewards without weights are run
-  update   one micro-batch of a minibatch, of two for several; branches: of one trained step
+  update   four micro-batches of a minibatch, one of FLUX's; of two minibatches for several;
+           branches: of one trained step
 The script counts the evaluations. A case is a line of results/throughput.jsonl, see `measure`.
 """
 
@@ -44,7 +45,7 @@ VERSIONS = {module.__name__: module.__version__ for module in (torch, diffusers,
 COLUMNS = ("s_per_image", "s", "device_s", "share", "peak_gib", "above_gib", "simulated_gib")
 LIMIT, MARGIN = 240, 20  # seconds of a case at most; left for it at least
 CASES = {  # name -> command, first the most telling and what needs no compiler
-    "tests": "pytest -n 0 tests/test_cuda.py -k cuda_",
+    "tests": "pytest -n 4 tests/test_cuda.py -k cuda_",
     "vgrpo-sd3": "vgrpo.py --model sd3 --compile true",
     "vgrpo-flux-eager": "vgrpo.py --model flux --compile false",
     "pave-sd3-eager": "pave_grpo.py --model sd3 --compile false",
@@ -62,6 +63,8 @@ CASES = {  # name -> command, first the most telling and what needs no compiler
         "--steps 10 --sde_steps 1 2 3 --eta 0.8 --guidance_scale 1 --prompts_per_iter 48 "
         "--group_size 16 --num_minibatches 2 --micro_batch 8 --ref_kl_beta 0 --reward jpeg"
     ),
+    "vgrpo-sd3-wide": "vgrpo.py --model sd3 --compile true --sample_batch 32 --micro_batch 8",
+    "vgrpo-sd3-open": "vgrpo.py --model sd3 --compile true --grad_checkpointing false",
     "vgrpo-sd3-eager": "vgrpo.py --model sd3 --compile false",
     "pave-sd3-24gb": "pave_grpo.py --model sd3 --compile false --reward clipscore",
 }
@@ -194,7 +197,7 @@ def stages(script, model, args, visitors: int = 0) -> dict:
     sigmas, line = script.sigma_grid(args.steps, args.shift), {"prompt": PROMPT}
     weightless = {name: known[name] for name in args.reward.split(",") if name in known}
     images = args.images_per_prompt()
-    rows = args.micro_batch * args.num_minibatches
+    rows = args.micro_batch * args.num_minibatches * (4 if args.model == "sd3" else 1)
     sampled = []
 
     def sample():
