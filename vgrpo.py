@@ -132,8 +132,8 @@ PRESETS = {
         reward="shapes=1", resolution=64, max_sequence_length=1, full=True, prompts_per_iter=16,
         group_size=12, sample_batch=96, micro_batch=24, steps=10, eval_steps=10, eval_samples=4,
         iterations=50, lr=2e-4, ref_kl_beta=0.1),
-    "sd3": dict(reward="hpsv2=1,pickscore=1,clipscore=1", grad_checkpointing=True,
-                compile=CUDA, ema_decay=0.9),
+    "sd3": dict(reward="hpsv2=1,pickscore=1,clipscore=1", sample_batch=32, micro_batch=8,
+                grad_checkpointing=True, compile=CUDA, ema_decay=0.9),
     "flux": dict(
         reward="hpsv2=1,pickscore=1,imagereward=1", resolution=720, guidance_scale=3.5,
         max_sequence_length=512, lora_rank=64, lora_alpha=128, grad_checkpointing=True,
@@ -258,7 +258,7 @@ def update(model, optimizer, lines, x_0, t, noise, adv, args):
     for rows in batches(len(lines), "update", args.micro_batch, minibatch, args.update_epochs):
         L, x0_hat = now = scored(rows)
         stored = old.get(rows.start, now)
-        L_old, x0_old = (part.detach().to(L.device) for part in stored)
+        L_old, x0_old = (part.detach().to(L) for part in stored)
         kl = (x0_hat - x0_old).square().flatten(1).mean(dim=1)
         ref_kl = torch.zeros_like(kl)
         if args.ref_kl_beta:
@@ -292,7 +292,7 @@ def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
     x0_hat = z_t - s * v
     x_error, v_error = x0_hat - x_0, v - (noise - x_0)
     errors = {"x": x_error, "v": v_error, "eps": (1 - s) * v_error, "adaptive": x_error}
-    error = errors[weighting].reshape(*t.shape, -1)
+    error = errors[weighting].flatten(2)
     loss = error.square().mean(dim=2)
     if weighting == "adaptive":
         normaliser = error.abs().mean(dim=2).clamp_min(1e-5)  # DiffusionNFT's value

@@ -184,7 +184,7 @@ def visitors_gib(args) -> tuple[float, float]:
 
 def expected(script, model, args) -> dict[str, float]:
     """stage -> GiB above what is there before it, from the kept simulation of a preset; or {}."""
-    names = ("model", "resolution", "micro_batch", "grad_checkpointing")
+    names = ("model", "resolution", "sample_batch", "micro_batch", "grad_checkpointing")
     wanted = {name: getattr(args, name) for name in names} | {"script": script.__name__}
     trained = sum(weight.numel() for weight in model.trainable.values())
     for line in map(json.loads, KEPT.read_text(encoding="utf-8").splitlines()):
@@ -224,7 +224,8 @@ def simulate(script, kind: str, resolution: int):
             for batch in MICRO_BATCHES:
                 found = peak_gib(updating(script, model, replace(args, micro_batch=batch)))
                 line = {"script": script.__name__, "model": kind, "resolution": resolution}
-                line |= {"micro_batch": batch, "grad_checkpointing": checkpointing}
+                line |= {"sample_batch": args.sample_batch, "micro_batch": batch}
+                line |= {"grad_checkpointing": checkpointing}
                 line |= always | stages | {"rewards": rewards, "update": found}
                 # while an iteration samples, what the one before has kept is there as well
                 sample = stages["sample"] + always["kept"]
