@@ -1,17 +1,23 @@
-"""The GPU table of docs/results.md against the lines that one H200 printed."""
+"""The GPU pages of README and docs against the lines that H200s printed, then and now."""
 
 import json
 import re
 
 import pytest
 import real_sizes
+import throughput
 
 from test_equivalence import ROOT
 
 LINES = [json.loads(x) for x in (ROOT / "benchmarks/results/gpu-h200.jsonl").open()]
 RAW = "\n".join(str(line["line"]) for line in LINES)
 PAGE = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-TABLE = PAGE.split("**What one H200 said**")[1].split("Not in those lines")[0]
+TABLE = PAGE.split("**What the same kind of card said")[1].split("Not in those lines")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNNING = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+CASES = {}  # the last line of each case
+for record in map(json.loads, throughput.KEPT.open()):
+    CASES[record["case"]] = record
 
 FIGURES = [  # of a row of the table: what the raw lines have, its scale, and how the row says it
     ("best bf16", r"bf16 matmul TFLOP/s (703\S+)", 1, "{:.0f} to"),
@@ -108,3 +114,59 @@ def test_a_share_is_useful_flops_by_the_time(number):
     share = (forward + backward * trained) / ms * 1e3 / 1e12 / peak
     assert form.format(100 * share) in row_of(row), (share, row_of(row))
     assert f"{ms:.5g}" in RAW or f"{16 * ms:.5g}" in RAW or f"{4 * ms:.5g}" in RAW
+
+
+PRESETS = [  # row of running.md, its case, the one that scored, images of an iteration
+    ("vgrpo.py --model sd3", "vgrpo-sd3", "pave-sd3-eager", 48 * 24),
+    ("vgrpo.py --model flux", "vgrpo-flux", "vgrpo-flux-eager", 32 * 12),
+    ("pave_grpo.py --model sd3 --compile false", "pave-sd3-eager", "pave-sd3-eager", 16 * 96),
+]
+
+
+@pytest.mark.parametrize("row, case, scored, images", PRESETS)
+def test_an_iteration_is_the_sum_of_its_measured_parts(row, case, scored, images):
+    """Decoding is not compiled, so a compiled case has that of an eager one at its resolution."""
+    parts = CASES[case]["sample"], CASES[scored]["score"], CASES[case]["update"]
+    seconds = [part["s_per_image"] for part in parts]
+    whole = images * sum(seconds)
+    cells = [f"`{row}`", f"{images:,}", *(f"{part:.2f}" for part in seconds)]
+    cells += [f"{whole:.0f}", f"{whole / 8:.0f}"]
+    assert f"| {' | '.join(cells)} |" in RUNNING
+    if not row.endswith("false"):
+        assert f"{whole:.0f} s" in README
+    for script in (real_sizes.vgrpo, real_sizes.pave_grpo):
+        if CASES[case]["command"].startswith(script.__name__ + "."):
+            args = script.parse_args(CASES[case]["command"].split()[1:])
+            assert images == args.prompts_per_iter * args.images_per_prompt()
+            preset = script.parse_args(["--model", args.model])
+            same = ("sample_batch", "micro_batch", "group_size", "steps", "resolution")
+            assert all(getattr(args, name) == getattr(preset, name) for name in same)
+
+
+def test_what_the_pages_say_of_waiting_and_memory_is_in_the_lines():
+    records = [json.loads(line) for line in throughput.KEPT.open()]
+    fast, slow = [r["sample"] for r in records if r["case"] == "vgrpo-sd3-small"]
+    wide, opened = CASES["vgrpo-sd3"], CASES["vgrpo-sd3-open"]
+    assert fast["images"] == slow["images"] == 16 and wide["sample"]["images"] == 32
+    said = f"{fast['s'] / 4 * 1e3:.0f} and {slow['s'] / 4 * 1e3:.0f} ms"
+    assert said in RUNNING.replace("\n", " ")
+    assert f"{slow['device_s'] / 4 * 1e3:.0f} of them on both" in RUNNING
+    for key in ("s", "device_s"):
+        assert f"{wide['sample'][key] / 4 * 1e3:.0f}" in RUNNING, key
+    faster = wide["update"]["s_per_image"] / opened["update"]["s_per_image"]
+    assert f"was {faster:.1f} times as fast" in RUNNING
+    peaks = [case["update"]["peak_gib"] for case in (opened, wide)]
+    assert f"{peaks[0]:.0f} GiB instead of {peaks[1]:.0f}" in RUNNING
+    flux, eager = CASES["vgrpo-flux"], CASES["vgrpo-flux-eager"]
+    ratios = [
+        eager[stage]["s_per_image"] / flux[stage]["s_per_image"] for stage in ("sample", "update")
+    ]
+    assert f"sampled {ratios[0]:.1f} times as fast with it, and updated {ratios[1]:.1f}" in RUNNING
+    assert f"samples at {flux['sample']['share']:.0%}".replace("%", " %") in README
+    for case in ("vgrpo-flux-eager", "pave-sd3-eager"):
+        for stage in ("sample", "score", "update"):
+            found, simulated = (CASES[case][stage][f"{key}_gib"] for key in ("above", "simulated"))
+            assert 0.925 < found / simulated < 1.165 and abs(found - simulated) < 0.85
+    for case, low, high in (("small", 0.84, 0.86), ("open", 0.675, 0.685)):
+        update = CASES[f"vgrpo-sd3-{case}"]["update"]
+        assert low < update["above_gib"] / update["simulated_gib"] < high
