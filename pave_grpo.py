@@ -28,12 +28,12 @@ One iteration, by its functions (the paper's Algorithm 1):
   P, G, T, K                     prompts an iteration, samples a group, steps, trained steps
   S, k                           x_t -> x_s is scored as k finer steps, for k = 1 and k in S
   logp_new, _old  (1 + |S|, B)   log-density of p(x_s | x_t) = N(mean, std), theta and theta_old
-  adv, ratio      (B,)           advantage; (1 + |S|, B) p_theta / p_old
-Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA. Latents,
-means, ratios and losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16. Log-densities
-are means over latent dimensions, never sums. All randomness comes from `generator_for`. Left out:
-ODE solvers but Euler (vgrpo.py), other pipelines than SD3 and FLUX. METHOD and main are the
-paper. The rest, from "command line" on, is the same in vgrpo.py.
+  adv, ratio      (B,)           advantage; (1 + |S|, B) (p_theta / p_old)^(1 / d), d = C H W
+Tensors that hold groups are prompt-major, (P G). velocity_fn(x, t) takes n blocks of such rows.
+The transformer runs in bf16 on CUDA. Latents, means, ratios and losses are fp32: a log-ratio of
+1e-3 is rounding noise in bf16. Log-densities are means over latent dimensions: a sum over 65,536
+would leave any clip. All randomness comes from `generator_for`. Left out: ODE solvers but Euler
+(vgrpo.py), other pipelines than SD3 and FLUX. From "command line" on both scripts are equal.
 """
 
 import copy
@@ -111,18 +111,18 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     reward: str = flag("hpsv3=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
     prompts_per_iter: int = flag(48, "P, prompts an iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
-    sample_batch: int = flag(16, "images a call of network or rewards; branches: G at least")
+    sample_batch: int = flag(16, "images a call of network or rewards; Pave-GRPO's branches: >= G")
     steps: int = flag(40, "T, solver steps of a training image")
     eval_steps: int = flag(40, "solver steps of an evaluation image")
-    shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
-    micro_batch: int = flag(4, "images, or starts of branches, a backward pass: sets memory only")
-    adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
+    shift: float = flag(3.0, "timestep shift: sigma = shift s / (1 + (shift - 1) s)")
+    micro_batch: int = flag(4, "images (Pave-GRPO: starts) a backward pass: memory and speed only")
+    adv_std: Literal["group", "global"] = flag("group", "std of the group, or of all images")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps a pass, each on whole groups")
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
+    clip_range: float = flag(0.0, "clips ratios to 1 +- this, from gradient step 2 on; 0 = off")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, --model as loaded")
     ema_decay: float = flag(0.0, "of the averaged weights, evaluated and saved; 0 = no average")
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
@@ -156,14 +156,14 @@ PRESETS = {
 # ----------------------------------------------------------------------- sigma grid and generators
 def sigma_grid(num_steps, shift):
     """Shifted flow times (T + 1,) fp32, falling from 1 to 0.   [SD3, arXiv 2403.03206, Eq. 23]
-        s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
-    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise."""
+        s = linspace(1, 0, T + 1);  sigma = shift s / (1 + (shift - 1) s)
+    num_steps: T >= 1;  shift: > 0, larger spends more steps near noise."""
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
 def generator_for(*draw):
-    """CPU generator of a draw, seeded by the hash of its name: (seed, iteration, "pairs", slot)."""
+    """CPU generator of a draw, seeded by the hash of its name, such as (seed, pass, "prompts")."""
     digest = hashlib.sha256(repr(draw).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -179,12 +179,12 @@ def sample(model, prompts, sigmas, args, iteration):
     starts, samples, rollout = [(slot,) for slot in prompts], args.group_size, branch_rollout
     if args.rollout == "sde":
         starts, samples, rollout = [*itertools.product(prompts, group)], 1, sde_rollout
-    steps = [*itertools.product(range(len(args.sde_steps)), range(samples))]
+    cells = [*itertools.product(range(len(args.sde_steps)), range(samples))]
     lines = [prompts[slot] for slot, *_ in starts]
     found = []
     for part in batches(len(starts), "sample", max(1, args.sample_batch // samples)):
         x = model.noise([(*draw, "noise", *start) for start in starts[part]])
-        names = [(*draw, "step", *start, *step) for start in starts[part] for step in steps]
+        names = [(*draw, "step", *start, *cell) for start in starts[part] for cell in cells]
         noise = rearrange(model.noise(names), "(b k m) ... -> b k m ...", b=len(x), m=samples)
         inputs = (model.velocity_fn(lines[part]), x, sigmas, args.sde_steps, noise)
         found.append(rollout(*inputs, args.eta, args.transition))
@@ -196,7 +196,7 @@ def branch_rollout(velocity_fn, x, sigmas, sde_steps, noise, eta, kind="flow"):
     """One ODE path from each x; M = G stochastic steps from it at each of K sde_steps, then ODE.
     This is the released code's rollout: a group has one x_t, and rewards of its own.
     x: (P, ...) standard normal;  sigmas: (T + 1,) falling to 0;  noise: (P, K, M, ...)
-    sde_steps: never the last, whose std is 0 (cps) or whose score is unbounded (flow)
+    sde_steps: never the last: cps has no noise there, and flow's would stay in the image
     Returns x_0 and x_s like noise, x_t (P, K, ...)"""
     assert (sigmas.diff() < 0).all() and sigmas[-1] == 0, "sigmas must fall to 0"
     assert set(sde_steps) <= set(range(len(sigmas) - 2)), "trained steps are from 0 to T - 2"
@@ -313,7 +313,7 @@ def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sig
     velocity. Gradients flow through all k evaluations. All k share v(x_t, sigma), and the j-th
     evaluations of all k are one call.  x_t: (B, ...);  sigma > sigma_next > 0: ();  splits: k >= 2
     Returns [(mean (B, ...), std ())], for k = 1 and each k in splits."""
-    assert 0 < sigma_next < sigma, "the last step, to 0, has no density"
+    assert 0 < sigma_next < sigma, "the last step, to 0, is never trained"
     dt = sigma_next - sigma
     v = velocity_fn(x_t, sigma)
     transitions = {1: sde_step(x_t, v, sigma, sigma_next, eta, sigma_1, kind)}
@@ -326,7 +326,7 @@ def decomposed_transitions(velocity_fn, x_t, sigma, sigma_next, splits, eta, sig
         for k, t, v_k in zip(running, times, v.chunk(len(running))):
             if j == k - 1:
                 transitions[k] = sde_step(y[k], v_k, t, sigma_next, eta, sigma_1, kind)
-            y[k] = y[k] + dt / k * v_k
+            y[k] = y[k] + dt / k * v_k  # unused after the last j
     return [transitions[k] for k in (1, *splits)]
 
 
@@ -355,9 +355,9 @@ def score_transitions(transitions, x_s, target="stored"):
     """Log-densities logp (1 + |S|, B M) of the samples x_s (B, M, ...) under each transition.
     stored: x_s itself, for every k. It was drawn in one step. Under k finer ones the same reward
     reaches the velocity at the times between: a surrogate, no importance weight of what was drawn.
-    coupled (ours): mean_k + std_k (x_s - mean_1) / std_1, without gradient. On coarse steps mean_k
-    is far from mean_1 compared with std_k, and x_s pulls it there; its own noise does not. This
-    sample moves with theta, so theta_old has none to keep: one gradient step only."""
+    coupled (ours): x_s's own noise on mean_k, mean_k + std_k (x_s - mean_1) / std_1, no gradient.
+    On coarse steps mean_k and mean_1 are many std_k apart. A stored x_s pulls mean_k to mean_1, a
+    coupled one does not. It moves with theta, so theta_old has none: one gradient step only."""
     x = x_s.flatten(0, 1)
     logps = []
     for mean, std in transitions:
@@ -507,7 +507,7 @@ def parse_args(argv):
 MODEL_IDS = {"tiny": str(Path(__file__).with_name("tiny_sd3")),
              "sd3": "stabilityai/stable-diffusion-3.5-medium",
              "flux": "black-forest-labs/FLUX.1-dev"}  # fmt: skip
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # -> preset
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
 
@@ -576,13 +576,13 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
     def velocity(self, x_t, t, cond, initial=False):
         """v(x_t, t) of the model, or the initial one. Autocasts where encoders are bf16: on CUDA.
         x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
-        net, g = self.initial if initial else self.transformer, len(self.guidance)
+        net, g = (self.initial if initial else self.transformer), len(self.guidance)
         x = repeat(x_t, "b ... -> (b g) ...", g=g)
         t = t.to(x.device).expand(len(x_t)).repeat_interleave(g)
         copies = len(x) // len(cond[0])
         context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         self.evaluations += len(x)
-        half = context.dtype == torch.bfloat16  # on CUDA; a cache would hold what FSDP2 gathers
+        half = context.dtype == torch.bfloat16  # the cache would hold what FSDP2 gathers
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
                 v = self.flux_velocity(net, x, t, context, pooled)
@@ -676,15 +676,15 @@ def batches(total, label, size, block=None, passes=1):
 def draw_prompts(lines, iteration, args):
     """slot -> prompt line, for this process's slots: pass after pass over the shuffled file."""
     P, drawn = args.prompts_per_iter, {}
-    for slot in range(RANK, P, WORLD_SIZE):  # so that its minibatches are parts of the same ones
-        done, place = divmod((iteration - 1) * P + slot, len(lines))
-        order = torch.randperm(len(lines), generator=generator_for(args.seed, done, "prompts"))
+    for slot in range(RANK, P, WORLD_SIZE):  # minibatches then do not depend on it
+        turn, place = divmod((iteration - 1) * P + slot, len(lines))
+        order = torch.randperm(len(lines), generator=generator_for(args.seed, turn, "prompts"))
         drawn[slot] = lines[order[place]]
     return drawn
 
 
 def score(model, x_0, lines, reward_fns, args):
-    """name -> rewards (N,) of all processes' images, which are not kept.  Raises UserError.
+    """name -> rewards (images,) of all processes' images, which are not kept.  Raises UserError.
     x_0: (m n, C, H, W) final latents, m one after the other for each of n prompt lines"""
     lines = [line for line in lines for _ in range(len(x_0) // len(lines))]
     found = []

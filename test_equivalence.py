@@ -864,7 +864,7 @@ SDE_STEP = (check_sde_step, pave_grpo.sde_step)
 TRANSITIONS = (check_transitions, pave_grpo.decomposed_transitions)
 PAVE_LOSS = (check_pave_loss, pave_grpo.pave_loss)
 MUTATIONS = [
-    (*SURROGATE, "z_t - s * v", "z_t + s * v"),
+    (*SURROGATE, "x_t - s * v", "x_t + s * v"),
     (*SURROGATE, "[1] * (noise.ndim - 2)", "[1] * 3"),
     (*SURROGATE, "square().mean(", "square().sum("),
     (*SURROGATE, "normaliser.detach()", "normaliser"),

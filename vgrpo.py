@@ -6,7 +6,7 @@
 
 One iteration, by its functions (the paper's Algorithm 1):
   sample        for each of P prompts:
-                    x_0 = ode_sample(velocity_fn, noise)          G images, by any ODE solver
+                    x_0 = ode_sample(velocity_fn, x, sigmas)      G images, by any ODE solver
                     t, noise = draw_pairs(...)                    N pairs, the same for all G
   score         R = rewards of the decoded x_0
   advantages    adv = soft_clip((R - mean_group R) / std_group R)
@@ -24,11 +24,11 @@ One iteration, by its functions (the paper's Algorithm 1):
   P, G, N                      prompts an iteration, images a prompt, pairs (t, noise) an image
   adv, ratio    (B,)           advantage; pi_theta / pi_old
   L_new, L_old  (B,)           surrogates under theta and theta_old: losses, log pi is -L
-Tensors that hold groups are prompt-major, (P G). The transformer runs in bf16 on CUDA. Latents,
-surrogates, ratios and losses are fp32: a log-ratio of 1e-3 is rounding noise in bf16.
-Log-likelihoods are means over latent dimensions, never sums. All randomness comes from
-`generator_for`. Left out: SDE samplers (pave_grpo.py), other pipelines than SD3 and FLUX.
-METHOD and main are the paper. The rest, from "command line" on, is the same in pave_grpo.py.
+Tensors that hold groups are prompt-major, (P G). velocity_fn(x, t) takes n blocks of such rows.
+The transformer runs in bf16 on CUDA. Latents, surrogates, ratios and losses are fp32: a log-ratio
+of 1e-3 is rounding noise in bf16. Log-likelihoods are means over latent dimensions: a sum over
+65,536 would leave any clip. All randomness comes from `generator_for`. Left out: SDE samplers
+(pave_grpo.py), other pipelines than SD3 and FLUX. From "command line" on both scripts are equal.
 """
 
 import copy
@@ -75,7 +75,7 @@ class MethodConfig:
     group_shared_pairs: bool = flag(True, "a prompt's images share their pairs; no_: each its own")
     stratified: bool = flag(True, "t from each of N chunks of the grid; no_: from all of it")
     soft_clip: float = flag(3.0, "eta of eta tanh(A / eta); 0 = off: advantages clamped at 5")
-    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, from the second step on")
+    kl_beta: float = flag(0.0, "weight of the KL to the behaviour policy, from gradient step 2 on")
 
     def images_per_prompt(self):
         """Images of a prompt in an iteration.  Raises UserError if the method's flags conflict."""
@@ -100,18 +100,18 @@ class Config(MethodConfig):  # these defaults hold unless PRESETS has another fo
     reward: str = flag("hpsv3=1,clipscore=1", "name=weight,... or file.py:name; 0 = only logged")
     prompts_per_iter: int = flag(48, "P, prompts an iteration, all processes together")
     group_size: int = flag(24, "G, images in a group, all of one prompt")
-    sample_batch: int = flag(16, "images a call of network or rewards; branches: G at least")
+    sample_batch: int = flag(16, "images a call of network or rewards; Pave-GRPO's branches: >= G")
     steps: int = flag(40, "T, solver steps of a training image")
     eval_steps: int = flag(40, "solver steps of an evaluation image")
-    shift: float = flag(3.0, "timestep shift k: sigma = k s / (1 + (k - 1) s)")
-    micro_batch: int = flag(4, "images, or starts of branches, a backward pass: sets memory only")
-    adv_std: Literal["group", "global"] = flag("group", "whose std divides rewards")
+    shift: float = flag(3.0, "timestep shift: sigma = shift s / (1 + (shift - 1) s)")
+    micro_batch: int = flag(4, "images (Pave-GRPO: starts) a backward pass: memory and speed only")
+    adv_std: Literal["group", "global"] = flag("group", "std of the group, or of all images")
     update_epochs: int = flag(1, "passes over the images of an iteration")
     num_minibatches: int = flag(1, "gradient steps a pass, each on whole groups")
     lr: float = flag(3e-4, "AdamW learning rate, constant")
     weight_decay: float = flag(1e-4, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    clip_range: float = flag(0.0, "clips the ratio to 1 +- this, from the second step on; 0 = off")
+    clip_range: float = flag(0.0, "clips ratios to 1 +- this, from gradient step 2 on; 0 = off")
     ref_kl_beta: float = flag(0.0, "weight of the KL to the initial model, --model as loaded")
     ema_decay: float = flag(0.0, "of the averaged weights, evaluated and saved; 0 = no average")
     iterations: int = flag(150, "of sample, reward, advantage, update; 0 = evaluate only")
@@ -145,14 +145,14 @@ PRESETS = {
 # ----------------------------------------------------------------------- sigma grid and generators
 def sigma_grid(num_steps, shift):
     """Shifted flow times (T + 1,) fp32, falling from 1 to 0.   [SD3, arXiv 2403.03206, Eq. 23]
-        s = linspace(1, 0, T + 1);  sigma = k s / (1 + (k - 1) s)
-    num_steps: T >= 1;  shift: k > 0, larger spends more steps near noise."""
+        s = linspace(1, 0, T + 1);  sigma = shift s / (1 + (shift - 1) s)
+    num_steps: T >= 1;  shift: > 0, larger spends more steps near noise."""
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
 def generator_for(*draw):
-    """CPU generator of a draw, seeded by the hash of its name: (seed, iteration, "pairs", slot)."""
+    """CPU generator of a draw, seeded by the hash of its name, such as (seed, pass, "prompts")."""
     digest = hashlib.sha256(repr(draw).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -259,13 +259,13 @@ def update(model, optimizer, lines, x_0, t, noise, adv, args):
         L, x0_hat = now = scored(rows)
         stored = old.get(rows.start, now)
         L_old, x0_old = (part.detach().to(L) for part in stored)
-        kl = (x0_hat - x0_old).square().flatten(1).mean(dim=1)
+        kl = (x0_hat - x0_old).square().flatten(1).mean(1)
         ref_kl = torch.zeros_like(kl)
         if args.ref_kl_beta:
             with torch.no_grad():
                 _, x0_ref = scored(rows, initial=True)
-            v_error = (x0_hat - x0_ref).flatten(2) / t[rows, :, None].to(L)  # x0_hat = z - t v
-            ref_kl = v_error.square().flatten(1).mean(dim=1)
+            v_error = (x0_hat - x0_ref).flatten(2) / t[rows, :, None].to(L)  # x0_hat = x_t - t v
+            ref_kl = v_error.square().flatten(1).mean(1)
         loss, _ = vgrpo_loss(L, L_old, adv[rows], kl=kl, ref_kl=ref_kl, **controls)
         (loss * len(L) / minibatch).backward()
         terms.append(torch.stack([L, L_old, adv[rows], kl, ref_kl], dim=1).detach())
@@ -277,19 +277,19 @@ def update(model, optimizer, lines, x_0, t, noise, adv, args):
 
 def surrogate(velocity_fn, x_0, t, noise, weighting="adaptive"):
     """ELBO surrogate L of final samples: log pi(x_0 | prompt) <- -L.   [V-GRPO, Eq. 14]
-        z_t = (1 - t) x_0 + t noise;  x0_hat = z_t - t v(z_t, t);  L = mean_j l(t_j, noise_j)
+        x_t = (1 - t) x_0 + t noise;  x0_hat = x_t - t v(x_t, t);  L = mean_j l(t_j, noise_j)
         adaptive: l = mean_d (x0_hat - x_0)^2 / stopgrad(mean_d |x0_hat - x_0|)
-        x, v, eps: l = mean_d (s (v - (noise - x_0)))^2, s = t, 1, 1 - t: MSE of that prediction
-    The normaliser is a weight, not an objective: it brings every pair to one scale, so that no
-    level of noise drowns the others. Without stopgrad the step would leave the pretraining loss's.
+        x, v, eps: l = mean_d (w (v - (noise - x_0)))^2, w = t, 1, 1 - t: MSE of that prediction
+    With the ELBO's own weights -L bounds log pi from below. The normaliser is another weight, not
+    an objective: no level of noise drowns the rest. stopgrad keeps the pretraining gradient.
     x_0: (B, ...);  t: (B, N) in (0, 1];  noise: (B, N, ...).  Returns L (B,), x0_hat (B, N, ...).
     Deviation: means where the paper prints a norm (as the released code); denominator >= 1e-5."""
     assert len(t) == len(x_0) and noise.shape == (*t.shape, *x_0.shape[1:]), "(B, N), (B, N, ...)"
     x_0, s = x_0[:, None], t.reshape(*t.shape, *[1] * (noise.ndim - 2))
-    z_t = (1 - s) * x_0 + s * noise
-    v = velocity_fn(rearrange(z_t, "b n ... -> (n b) ..."), rearrange(t, "b n -> (n b)"))
+    x_t = (1 - s) * x_0 + s * noise
+    v = velocity_fn(rearrange(x_t, "b n ... -> (n b) ..."), rearrange(t, "b n -> (n b)"))
     v = rearrange(v, "(n b) ... -> b n ...", b=len(t))
-    x0_hat = z_t - s * v
+    x0_hat = x_t - s * v
     x_error, v_error = x0_hat - x_0, v - (noise - x_0)
     errors = {"x": x_error, "v": v_error, "eps": (1 - s) * v_error, "adaptive": x_error}
     error = errors[weighting].flatten(2)
@@ -306,7 +306,7 @@ def vgrpo_loss(L_new, L_old, adv, clip_range=0, kl=0, kl_beta=0, ref_kl=0, ref_k
         J = mean(min(ratio A, clip(ratio, 1 - eps, 1 + eps) A))
         loss = -J + beta mean(kl) + beta_ref mean(ref_kl)
     In the first gradient step ratio is 1 in value, but its gradient is -dL: dloss/dL = A / B, the
-    advantage-weighted pretraining gradient. Clip and kl act from the second step on.
+    advantage-weighted pretraining gradient. Clip and kl act from the second one on.
     L_new, L_old, adv: (B,), the last two without gradient;  clip_range: eps; 0 = no clip;  kl and
     ref_kl: (B,), see `update`, the second is ours.  Returns loss () and detached metrics."""
     assert L_new.shape == L_old.shape == adv.shape, "an advantage for each surrogate"
@@ -427,7 +427,7 @@ def parse_args(argv):
 MODEL_IDS = {"tiny": str(Path(__file__).with_name("tiny_sd3")),
              "sd3": "stabilityai/stable-diffusion-3.5-medium",
              "flux": "black-forest-labs/FLUX.1-dev"}  # fmt: skip
-CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # other models: preset
+CLASSES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}  # -> preset
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
 
@@ -496,13 +496,13 @@ class Model:  # a diffusers SD3 or FLUX pipeline as the method needs it
     def velocity(self, x_t, t, cond, initial=False):
         """v(x_t, t) of the model, or the initial one. Autocasts where encoders are bf16: on CUDA.
         x_t: (n B, C, H, W) fp32;  t: (n B,) or () in [0, 1];  cond: `encode` of B prompts"""
-        net, g = self.initial if initial else self.transformer, len(self.guidance)
+        net, g = (self.initial if initial else self.transformer), len(self.guidance)
         x = repeat(x_t, "b ... -> (b g) ...", g=g)
         t = t.to(x.device).expand(len(x_t)).repeat_interleave(g)
         copies = len(x) // len(cond[0])
         context, pooled = (repeat(part, "b ... -> (n b) ...", n=copies) for part in cond)
         self.evaluations += len(x)
-        half = context.dtype == torch.bfloat16  # on CUDA; a cache would hold what FSDP2 gathers
+        half = context.dtype == torch.bfloat16  # the cache would hold what FSDP2 gathers
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             if self.is_flux:
                 v = self.flux_velocity(net, x, t, context, pooled)
@@ -596,15 +596,15 @@ def batches(total, label, size, block=None, passes=1):
 def draw_prompts(lines, iteration, args):
     """slot -> prompt line, for this process's slots: pass after pass over the shuffled file."""
     P, drawn = args.prompts_per_iter, {}
-    for slot in range(RANK, P, WORLD_SIZE):  # so that its minibatches are parts of the same ones
-        done, place = divmod((iteration - 1) * P + slot, len(lines))
-        order = torch.randperm(len(lines), generator=generator_for(args.seed, done, "prompts"))
+    for slot in range(RANK, P, WORLD_SIZE):  # minibatches then do not depend on it
+        turn, place = divmod((iteration - 1) * P + slot, len(lines))
+        order = torch.randperm(len(lines), generator=generator_for(args.seed, turn, "prompts"))
         drawn[slot] = lines[order[place]]
     return drawn
 
 
 def score(model, x_0, lines, reward_fns, args):
-    """name -> rewards (N,) of all processes' images, which are not kept.  Raises UserError.
+    """name -> rewards (images,) of all processes' images, which are not kept.  Raises UserError.
     x_0: (m n, C, H, W) final latents, m one after the other for each of n prompt lines"""
     lines = [line for line in lines for _ in range(len(x_0) // len(lines))]
     found = []
