@@ -454,7 +454,7 @@ def main(argv):
             model.save(run_dir / f"weights/iter_{iteration:04d}")
         model.swap_average()
         record(logged)
-        bar.set_postfix(reward=f"{logged['reward/mean']:.3f}")
+        bar.set_postfix(reward=f"{logged['reward/mean']:.4g}")
         if last or iteration % args.save_every == 0:
             save_checkpoint(run_dir, iteration, model, optimizer, prompts_hash, args)
     model.swap_average()
@@ -462,7 +462,7 @@ def main(argv):
     if RANK == 0:
         log = [*map(json.loads, (run_dir / "metrics.jsonl").open())]
         for name in sorted(log[0].keys() & log[-1])[:-1]:  # without "iteration"
-            print(f"{name}: {log[0][name]:.3f} -> {log[-1][name]:.3f}")
+            print(f"{name}: {log[0][name]:.4g} -> {log[-1][name]:.4g}")
         print(f"The run is in {run_dir}; its weights in plain diffusers: {recipe}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -791,7 +791,7 @@ def open_run(args, done):
             writer.add_scalar(name, value, metrics["iteration"])
 
     print(f"{args.prompts_per_iter} x {args.images_per_prompt()} images an iteration")
-    print(f"After a stop, continue with {Path(__file__).name} --resume {run_dir}", flush=True)
+    print(f'After a stop, continue with {Path(__file__).name} --resume "{run_dir}"', flush=True)
     return run_dir, record
 
 

@@ -69,13 +69,14 @@ MENDS = {
 
 @contextmanager
 def one_sentence():
-    """Ends a program that cannot go on in one sentence: for a UserError, an OSError or one of MENDS
-    on stderr, with exit code 2; for Ctrl-C or SIGTERM with 0."""
+    """One sentence for a UserError, an OSError or one of MENDS, exit code 2; Ctrl-C, SIGTERM: 0."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(os, "register_at_fork"):  # a reward's worker processes end without our sentence
+        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
     try:
         yield
     except KeyboardInterrupt:
-        print("Stopped: a run goes on from its last checkpoint with --resume.")
+        print("Stopped: --resume goes on from the last checkpoint, if there is one.")
     except (UserError, OSError, *MENDS) as error:
         first, *_ = re.split(r"(?<!:)\n", str(error).strip())  # with what follows a colon
         mends = [MENDS[kind] for kind in MENDS if isinstance(error, kind)]
@@ -168,15 +169,22 @@ def rows_for(name: str, function: RewardFn, lines: Iterable[dict]) -> list[int]:
 
 @contextmanager
 def explained(what: str, mend: str = ""):
-    """Whatever a user's code or a library raises inside becomes a UserError: what, reason, mend."""
+    """Whatever a user's code or a library raises inside becomes a UserError: what, reason, mend.
+    What it does to the working directory and to torch's global settings is undone."""
+    folder, threads = os.getcwd(), torch.get_num_threads()
     try:
         yield
     except (UserError, torch.OutOfMemoryError):  # the scripts know a mend for the second
         raise
     except (Exception, SystemExit) as error:
         text = re.sub(r":\s+", ": ", f"{type(error).__name__}: {error}".strip(), count=2)
-        first = text.splitlines()[0].rstrip(". ")  # of a reason that may begin on the next line
+        first = text.splitlines()[0].rstrip(".: ")  # of a reason that may begin on the next line
         raise UserError(f"{what} ({first}){mend}.") from error
+    finally:
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def load_reward(source: str) -> tuple[str, RewardFn]:
@@ -201,9 +209,8 @@ def load_reward(source: str) -> tuple[str, RewardFn]:
 @cache
 @torch.no_grad()
 def load_module(path: str) -> Any:
-    """A user's file as a module that finds its neighbours and whose functions can be pickled.
-    What it does to torch's global settings is undone.  UserError if it raises, or exits."""
-    file, argv, threads = Path(path).resolve(), sys.argv, torch.get_num_threads()
+    """A user's file as a module that finds its neighbours, and whose functions can be pickled."""
+    file, argv = Path(path).resolve(), sys.argv
     name = file.stem + "_" * (file.stem in sys.modules)  # another rewards.py, for one
     spec: Any = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -214,9 +221,6 @@ def load_module(path: str) -> Any:
             spec.loader.exec_module(module)
     finally:
         sys.argv = argv
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     return module
 
 
@@ -258,13 +262,13 @@ def score_batch(name: str, function: RewardFn, images: Tensor, lines: list[dict]
     metadata = [entries[row] for row in rows]
     prompts = [entry.pop("prompt") for entry in metadata]
     with explained(f'reward "{name}" failed on {quoted(prompts)}'):
-        found: Any = function(images[rows], prompts, metadata)
+        found: Any = function(images[rows], [*prompts], metadata)
         if isinstance(found, tuple) and isinstance(found[-1], dict):  # (scores, info), as DDPO's
             found = found[0]
         abstains = [score is None for score in found]
         if any(abstains):
             found = [math.nan if score is None else score for score in found]
-        found = torch.as_tensor(found, dtype=torch.float32, device=images.device)
+        found = torch.as_tensor(found, dtype=torch.float32, device=images.device).detach()
     if found.shape != (len(rows),):
         shape = tuple(found.shape)
         fail(f'reward "{name}" returned shape {shape} for {len(rows)} images: {quoted(prompts)}.')
@@ -727,8 +731,7 @@ class Ocr(torch.nn.Module):
         hub = source or "stepfun-ai/GOT-OCR-2.0-hf"
         self.model = load_pretrained("ocr", "GotOcr2ForConditionalGeneration", hub)
         self.processor = load_pretrained("ocr", "GotOcr2Processor", hub)
-        # the question is the same for every image
-        self.question = self.processor(Image.new("RGB", (64, 64)), return_tensors="pt")
+        self.question = self.processor(Image.new("RGB", (64, 64)), return_tensors="pt")  # of all
         self.stop = dict(stop_strings="<|im_end|>", do_sample=False, max_new_tokens=64)
 
     def applies(self, line):
@@ -749,7 +752,6 @@ class Ocr(torch.nn.Module):
 # each quote that opens, with those that close it
 QUOTES = ('""', "“”", "„“”", "””", "«»", "»«»", "‹›", "›‹›", "「」", "『』", "〝〞〟", "＂＂")
 QUOTED = re.compile("|".join(f"{pair[0]}([^{pair}]*)[{pair[1:]}]" for pair in QUOTES))
-
 SINGLE = r"‘(.*?)’(?!\w)|(?<!\w)'(?!n')(.+?)'(?!\w)"  # no apostrophe, nor that of rock 'n' roll
 
 
@@ -769,8 +771,7 @@ def ocr_target(prompt: str, meta: dict) -> str:
 
 
 def ocr_score(read: str, target: str) -> float:
-    """1 if target is in read, else 1 - min(Levenshtein distance, n) / n, n = len(target).
-    Case and spaces do not count."""
+    """1 if target is in read, else 1 - min(edits, n) / n, n = len(target); case, spaces ignored."""
     read = "".join(read.lower().split())
     target = "".join(target.lower().split())
     if target in read:
@@ -785,8 +786,7 @@ def ocr_score(read: str, target: str) -> float:
 
 
 MIN_SCORE, MIN_SCORE_COUNTING = 0.3, 0.9  # confidences
-MARGIN = 0.1  # of two boxes' sizes, taken off the way between them
-MAX_OBJECTS = 16  # of a class
+MARGIN, MAX_OBJECTS = 0.1, 16  # of two boxes' sizes, off the way between them; of a class
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOUR_PROMPTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 GENEVAL_NAMES = {  # of COCO's classes, where they differ

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -213,7 +214,8 @@ if __name__ == "__main__":
 
 
 STATE = """
-import sys, torch
+import os, sys, torch
+os.chdir("/")
 torch.set_grad_enabled(False)
 torch.autograd.grad_mode.set_grad_enabled(False)
 torch.set_default_dtype(torch.float64)
@@ -231,9 +233,10 @@ def second(images, prompts, metadata):
 
 
 def test_what_a_reward_file_does_to_torch_is_undone(tmp_path):
-    threads = torch.get_num_threads()
+    threads, folder = torch.get_num_threads(), os.getcwd()
     file = write(tmp_path / "states.py", STATE)
     functions, _ = rewards.load_rewards(f"{file}:first=1,{file}:second=0")
+    assert os.getcwd() == folder
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert torch.get_num_threads() == threads and torch.empty(1).device.type == "cpu"
     assert rewards.compute_rewards(functions, IMAGES, LINES).keys() == {"first", "second"}
@@ -242,9 +245,73 @@ def test_what_a_reward_file_does_to_torch_is_undone(tmp_path):
     assert again is functions["first"]
 
 
+SETTINGS = [
+    "os.chdir('/')",
+    "torch.set_default_dtype(torch.bfloat16)",
+    "torch.set_default_device('meta')",
+    "torch.set_num_threads(7)",
+]
+OTHERS = [
+    "prompts.pop()",
+    "prompts.append('another')",
+    "torch.set_grad_enabled(True); images.requires_grad_()",
+]
+CALLS = [(call, "pass") for call in SETTINGS + OTHERS] + [("pass", call) for call in SETTINGS]
+
+
+@pytest.mark.parametrize("in_reward, in_applies", CALLS)
+def test_what_a_reward_does_when_it_is_called_is_undone(tmp_path, in_reward, in_applies):
+    """To the folder, to torch's settings, and to its prompts; its scores have no graph."""
+    settings = os.getcwd, torch.get_default_dtype, torch.get_num_threads
+    before = [setting() for setting in settings]
+    text = "import os, torch\n"
+    text += f"def reward(images, prompts, metadata):\n    {in_reward}\n"
+    text += "    return images.mean(dim=(1, 2, 3))\n"
+    text += f"def applies(line):\n    {in_applies}\n    return True\n"
+    text += "reward.applies = applies\n"
+    functions, _ = rewards.load_rewards(f"{write(tmp_path / 'calls.py', text)}:reward", LINES)
+    for _ in range(2):
+        found = rewards.compute_rewards(functions, IMAGES, LINES)["reward"]
+        assert torch.equal(found, IMAGES.mean(dim=(1, 2, 3))) and not found.requires_grad
+        assert [setting() for setting in settings] == before
+        assert torch.empty(1).device.type == "cpu" and torch.is_grad_enabled()
+
+
+FORKS = """
+import multiprocessing, os, rewards, signal, time
+def wait(seconds):
+    time.sleep(seconds)
+    return seconds
+if __name__ == "__main__":
+    with rewards.one_sentence():
+        for _ in range(3):
+            with multiprocessing.get_context("fork").Pool(2) as pool:
+                print(pool.map(wait, [0, 0.01]))
+        child = multiprocessing.get_context("fork").Process(target=wait, args=(60,))
+        child.start()
+        time.sleep(0.5)
+        child.terminate()
+        child.join()
+        print(child.exitcode)
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_worker_processes_of_a_reward_end_without_a_word(tmp_path):
+    """They are ended by SIGTERM, which stops a run in one sentence."""
+    main = write(tmp_path / "main.py", FORKS)
+    done = subprocess.run(
+        [sys.executable, main], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    *pools, exitcode, sentence = done.stdout.splitlines()
+    assert pools == ["[0, 0.01]"] * 3 and exitcode == "-15" and sentence.startswith("Stopped")
+    assert not done.stderr and not done.returncode
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
+        ("assert False\n", "AssertionError.\\.$"),
         ("import sys\nsys.exit(3)\n", "SystemExit: 3"),
         ("exit('no key')\n", "SystemExit: no key"),
         ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n", "SystemExit: 2"),

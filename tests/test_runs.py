@@ -713,7 +713,7 @@ def test_sigterm_stops_a_run_that_goes_on_as_if_undisturbed(tmp_path, script=vgr
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert f"{file} --resume {folder}" in out and "Stopped" in out
+    assert f'{file} --resume "{folder}"' in out and "Stopped" in out
     resumed = run(folder, "--resume", str(folder), *flags, script=script)
     undisturbed = run(tmp_path / "whole", *flags, script=script)
     assert untimed(resumed) == untimed(undisturbed)
