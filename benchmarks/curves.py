@@ -1,7 +1,6 @@
 """Every table and figure of the learning experiments, from the runs that benchmarks/results holds.
 
     python benchmarks/curves.py                    all tables, seconds
-    python benchmarks/curves.py --earlier          those that are of the version before the rewrite
     python benchmarks/curves.py --draw             the figures of the docs too
     python benchmarks/curves.py runs/ONE runs/OTHER    curves of your own runs, into runs.png
 
@@ -25,7 +24,7 @@ from pathlib import Path
 from statistics import mean, median, pstdev, stdev
 
 import learning
-from learning import HERE, ITERATIONS, LEARNING_RATES, METHODS, ROOT, load, runs
+from learning import HERE, ITERATIONS, LEARNING_RATES, METHODS, ROOT, head, load, row, runs
 
 LABELS = {  # method -> its name and its colour
     "vgrpo": ("V-GRPO", "tab:blue"),
@@ -68,16 +67,6 @@ PANELS = {  # question -> label -> ablation, or the default's learning rate
 }
 # 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
-
-
-def row(*cells) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |")
-
-
-def head(title: str, *cells) -> None:
-    print(f"\n{title}\n")
-    row(*cells)
-    print("|" + "---|" * len(cells))
 
 
 # ------------------------------------------------------------------------------ reading one run
@@ -183,13 +172,11 @@ def seeds_table() -> None:
 
 
 # ------------------------------------------------------------------------------------ ablations
-def ablated(name: str, earlier: str) -> list[dict]:
-    if name == "default":
-        return runs(f"{earlier}methods", "vgrpo-lr2e-4")
-    return runs(f"{earlier}ablations", name)
+def ablated(name: str) -> list[dict]:
+    return runs("methods", "vgrpo-lr2e-4") if name == "default" else runs("ablations", name)
 
 
-def ablation_table(earlier: str = "") -> None:
+def ablation_table() -> None:
     """Scores of all ablations, and by how much two means of seeds must differ to tell them apart:
     two standard errors, with the pooled deviation of a seed."""
     titles = ("what", "", "seeds", "mean", "lowest to highest")
@@ -197,10 +184,7 @@ def ablation_table(earlier: str = "") -> None:
     groups = set()
     entries = [(panel, *entry) for panel in PANELS for entry in PANELS[panel].items()]
     for panel, label, name in entries:
-        values = [scores(run)[ITERATIONS] for run in ablated(name, earlier)]
-        if not values:
-            row(panel, label, 0, "missing", "")
-            continue
+        values = [scores(run)[ITERATIONS] for run in ablated(name)]
         spread = f"{min(values):.3f} to {max(values):.3f}"
         row(panel, label, len(values), f"{mean(values):.3f}", spread)
         groups.add(tuple(values))  # a set: the default and others stand in several panels
@@ -212,46 +196,33 @@ def ablation_table(earlier: str = "") -> None:
     print(f"Means of 3 and 5 seeds differ by noise up to {least:.3f}.")
 
 
-def steps_table(earlier: str = "", level: float = 0.8) -> None:
+def steps_table(level: float = 0.8) -> None:
     """What several gradient steps on the same rollouts cost to the level, in the first ITERATIONS
-    of every seed. Evaluations and seconds of the earlier version are those of runs of their own."""
+    of every seed."""
     titles = ["gradient steps", "seeds", "end", "evaluations an image", "s an iteration"]
     titles += [f"{level} after {unit}" for unit in ("iterations", "evaluations", "s")]
     head(f"Several gradient steps an iteration, {ITERATIONS} iterations", *titles)
     for label, name in PANELS["gradient steps an iteration"].items():
         found = []
-        for run in ablated(name, earlier):
+        for run in ablated(name):
             points = [point for point in run["scores"] if point[0] <= ITERATIONS]
             found.append(run | {"scores": points, "nfe": run["nfe"][:ITERATIONS]})
-        timed = runs("earlier-ablations", f"timed-{name}") if earlier else found
-        if not found:
-            row(label, 0, "missing", "", "", "", "", "")
-            continue
-        each, seconds = timed[0]["nfe"][0], seconds_per_iteration(timed)
-        spent, number, _ = costs(found, level)
+        _, number, means = costs(found, level)
         sign = "" if number == len(found) else "> "
-        iterations = mean(spent)
-        values = (iterations, iterations * 192 * each, iterations * seconds)
         end = mean(run["scores"][-1][1] for run in found)
-        cells = [f"{sign}{value:,.0f}" for value in values]
-        row(label, len(found), f"{end:.3f}", f"{each:.0f}", f"{seconds:.1f}", *cells)
+        cells = [f"{end:.3f}", f"{found[0]['nfe'][0]:.0f}", f"{seconds_per_iteration(found):.1f}"]
+        row(label, len(found), *cells, *(f"{sign}{value:,.0f}" for value in means))
 
 
 # --------------------------------------------------------------------------------------- splits
-def names_of(experiment: str) -> list[str]:
-    """Names of configurations, as they first come in the kept file."""
-    return list(dict.fromkeys(run["run"] for run in load(experiment)))
-
-
-def splits_table(earlier: str = "") -> None:
+def splits_table(experiment: str) -> None:
     """Rewards per configuration, at equal iterations, and at the network evaluations that Flow-GRPO
     (no splits) of the same T, rollout and step takes for 20: between two evaluations the line
     through them."""
-    experiment = f"{earlier}splits"
     titles = ("configuration", "seeds", "before", "after 10", "after 20", "evaluations")
     head("Pave-GRPO's splits, targets and rollouts", *titles, "at Flow-GRPO's evaluations")
     cost = {run["run"]: learning.cost_of(run["flags"]) for run in load(experiment)}
-    for name in names_of(experiment):
+    for name in cost:
         found = runs(experiment, name)
         before, ten, twenty = zip(*[[score for _, score in run["scores"]] for run in found])
         reach = 2 * cost[re.sub(r"-S.*", "-S", name)] / cost[name]  # in tens of iterations, from 1
@@ -288,16 +259,16 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
     return middle, middle - half, middle + half
 
 
-def paired_table(earlier: str = "") -> None:
+def paired_table(experiment: str) -> None:
     """What splitting does to the score, against Flow-GRPO under the same conditions, and against
     Flow-GRPO with twice the steps (2T: the trained ones begin at the same noise levels) or twice
     the images a group (2G)."""
     titles = ("configuration", "minus", "seeds", "difference", "95 % interval")
     head("Score minus that of Flow-GRPO, paired by seed", *titles)
-    names = names_of(f"{earlier}splits")
+    names = list(dict.fromkeys(run["run"] for run in load(experiment)))
     for name in names:
         for base in paired_with(name, names):
-            differences = paired_differences(f"{earlier}splits", name, base)
+            differences = paired_differences(experiment, name, base)
             if len(differences) >= 4:
                 middle, low, high = interval(differences)
                 cells = (f"{middle:+.3f}", f"{low:+.3f} to {high:+.3f}")
@@ -320,16 +291,14 @@ def defaults_table() -> None:
         row(title, code, *cells, f"{mean(values):.3f}", f"{min(values):.3f}")
 
 
-def print_tables(earlier: str) -> None:
-    """All of today's, or those that are still of the version before."""
-    if not earlier:
-        for level in (0.8, 0.7):
-            reach_table(level)
-        grid_table()
-        seeds_table()
-        defaults_table()
-    for table in (ablation_table, steps_table, splits_table, paired_table):
-        table(earlier)
+def print_tables() -> None:
+    for level in (0.8, 0.7):
+        reach_table(level)
+    for table in (grid_table, seeds_table, defaults_table, ablation_table, steps_table):
+        table()
+    for experiment in ("earlier-splits", "splits"):  # the study, and its first row again
+        splits_table(experiment)
+        paired_table(experiment)
 
 
 # -------------------------------------------------------------------------------------- figures
@@ -355,7 +324,6 @@ def draw_overview(path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(title="method (seeds)", loc="outside right center", frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_images(path: Path, columns: int = 8) -> None:
@@ -440,16 +408,13 @@ def draw_own(folders: list[Path], out: Path) -> None:
                 points = [[line[name] for line in known] for name in ("iteration", key)]
                 axis.plot(*points, dash, color=f"C{number}", linewidth=1.5)
             axis.plot([], [], dash, color="black", label=key)
-        axis.set_title(title)
-        axis.set_xlabel("iteration")
-        axis.set_ylabel(unit)
+        axis.set(title=title, xlabel="iteration", ylabel=unit)
         axis.grid(alpha=0.3)
         if keys:
             axis.legend(fontsize=8)
     handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(own))]
     figure.legend(handles, own, loc="outside lower center", ncols=min(4, len(own)))
     figure.savefig(out, dpi=120)
-    plt.close(figure)
     print(f"drew {out}")
 
 
@@ -457,15 +422,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, help="draw these run folders, into --out")
     parser.add_argument("--out", type=Path, default=Path("runs.png"), help="figure of the folders")
-    parser.add_argument("--earlier", action="store_true", help="the version before the rewrite")
     parser.add_argument("--draw", action="store_true", help="the figures of the docs as well")
     options = parser.parse_args()
     if (options.runs or options.draw) and importlib.util.find_spec("matplotlib") is None:
         parser.error("figures need `pip install -r benchmarks/requirements.txt`.")
     if options.runs:
         return draw_own(options.runs, options.out)
-    earlier = "earlier-" if options.earlier else ""
-    print_tables(earlier)
+    print_tables()
     if options.draw:
         draw_images(HERE / "images.png")
         draw_overview(HERE / "overview.png")

@@ -234,6 +234,17 @@ def best_lr(method: str) -> str:
     return max(ends, key=lambda lr: ends[lr], default="")
 
 
+# ---------------------------------------------------------------------------------------- tables
+def row(*cells) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def head(title: str, *cells) -> None:
+    print(f"\n{title}\n")
+    row(*cells)
+    print("|" + "---|" * len(cells))
+
+
 # -------------------------------------------------------------------------------- what a run costs
 class Planned(NamedTuple):
     images: int  # of a prompt in an iteration

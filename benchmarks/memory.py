@@ -20,6 +20,7 @@ from pathlib import Path
 
 import real_sizes as real
 import torch
+from learning import head, row
 from real_sizes import GIB
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -254,20 +255,16 @@ def best_flags(lines: list[dict], card: int) -> str:
 
 def table(lines: list[dict]) -> None:
     """GiB of what is always there, of each stage above it, and what fits a card."""
-    batches = " | ".join(f"update {batch}" for batch in MICRO_BATCHES)
-    head = f"| simulated | weights | LoRA | kept | encode | sample | score | {batches} | "
-    head += " | ".join(f"{card} GB" for card in CARDS) + " |"
-    print(head)
-    print("|---" * (head.count("|") - 1) + "|")
+    shared = ("weights", "lora", "kept", "encode", "sample", "score")
+    updates = [f"update {batch}" for batch in MICRO_BATCHES]
+    head("Simulated, GiB", "simulated", *shared, *updates, *(f"{card} GB" for card in CARDS))
     cases = {(line["model"], line["script"], line["resolution"]): [] for line in lines}
     for line in lines:
         cases[line["model"], line["script"], line["resolution"]].append(line)
     for (kind, script, resolution), found in cases.items():
-        shared = ("weights", "lora", "kept", "encode", "sample", "score")
-        row = [f"{kind} {script} {resolution}", *(f"{found[0][name]:.1f}" for name in shared)]
-        row += [f"{line['update']:.1f}" for line in found if line["grad_checkpointing"]]
-        row += [best_flags(found, card) for card in CARDS]
-        print("| " + " | ".join(row) + " |")
+        cells = [f"{found[0][name]:.1f}" for name in shared]
+        cells += [f"{line['update']:.1f}" for line in found if line["grad_checkpointing"]]
+        row(f"{kind} {script} {resolution}", *cells, *(best_flags(found, card) for card in CARDS))
 
 
 def main() -> None:

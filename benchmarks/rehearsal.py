@@ -36,8 +36,7 @@ T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2}
 def save_pipeline(folder: Path) -> None:
     """SD3.5-Medium's classes and keys, random weights in bf16; the bundled CLIP tokenizers."""
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    for letter in "\u2581abcdefghijklmnopqrstuvwxyz":
-        letters.append((letter, -1.0))
+    letters += [(letter, -1.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz"]
     tokenizer = transformers.CLIPTokenizerFast.from_pretrained(ROOT / "tiny_sd3/tokenizer")
     tokenizer.model_max_length = 77
     t5 = transformers.T5Config(vocab_size=64, feed_forward_proj="gated-gelu", **T5)

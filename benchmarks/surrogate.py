@@ -28,6 +28,7 @@ import sys
 from pathlib import Path
 
 import torch
+from learning import head, row
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,9 +124,9 @@ def measure_drift(folders: list[Path], prompts: int = 24, group: int = 12) -> li
 
 
 def noise_table() -> None:
-    print("| surrogate | " + " | ".join(FIGURES) + " |\n|" + "---|" * 5)
+    head("Noise of the surrogate", "surrogate", *FIGURES)
     for line in map(json.loads, KEPT.read_text().splitlines()):
-        print(f"| {line['run']} | " + " | ".join(f"{line[name]:.3f}" for name in FIGURES) + " |")
+        row(line["run"], *(f"{line[name]:.3f}" for name in FIGURES))
 
 
 def drift_table() -> None:
@@ -136,10 +137,9 @@ def drift_table() -> None:
         runs += [] if line["run"] in runs else [line["run"]]
         cells = f"{line['drift']:.2f} | {line['good']:+.0%} | {line['bad']:+.0%}"
         rows.setdefault(line["t"], []).append(cells)
-    print(f"\n{', '.join(runs)}\n\n| t" + " | drift | good | bad" * len(runs) + " |")
-    print("|---" * (3 * len(runs) + 1) + "|")
+    head(", ".join(runs), "t", *["drift", "good", "bad"] * len(runs))
     for t, cells in rows.items():
-        print(f"| {t:.2f} | {' | '.join(cells)} |")
+        row(f"{t:.2f}", *cells)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ import pytest
 import real_sizes as real
 import torch
 import transformers
-from learning import commit, planned
+from learning import commit, head, planned, row
 from real_sizes import GIB, PROMPT, ROOT, SCRIPTS, vgrpo
 from torch._dynamo.utils import counters
 
@@ -58,11 +58,6 @@ CASES = {  # name -> command, first the most telling and what needs no compiler
     "vgrpo-flux": "vgrpo.py --model flux --compile true",
     "pave-sd3": "pave_grpo.py --model sd3 --compile true",
     "pave-flux": "pave_grpo.py --model flux --compile true",
-    "frameworks": (  # the workload that UniRL and verl-omni compare their speed with
-        "pave_grpo.py --model sd3 --compile true --resolution 384 --rollout sde --splits "
-        "--steps 10 --sde_steps 1 2 3 --eta 0.8 --guidance_scale 1 --prompts_per_iter 48 "
-        "--group_size 16 --num_minibatches 2 --micro_batch 8 --ref_kl_beta 0 --reward jpeg"
-    ),
     "vgrpo-sd3-small": "vgrpo.py --model sd3 --compile true --sample_batch 16 --micro_batch 4",
     "vgrpo-sd3-open": (  # all activations are kept
         "vgrpo.py --model sd3 --compile true --sample_batch 16 --micro_batch 4 "
@@ -317,8 +312,7 @@ def table(records: list[dict]) -> None:
     titles = ["case", "card"]
     for stage, columns in COLUMNS.items():
         titles += [f"{stage}, s/image", "share", "waits"][:columns]
-    print("| " + " | ".join([*titles, "peak GiB", "compiling, s"]) + " |")
-    print("|" + "---|" * (len(titles) + 2))
+    head("Stages of an iteration", *titles, "peak GiB", "compiling, s")
     measured = [record for record in records if "sample" in record]
     for (name, card), record in {(r["case"], r["card"]): r for r in measured}.items():
         cells = [name, card]
@@ -327,8 +321,7 @@ def table(records: list[dict]) -> None:
         stages_done = [record[stage] for stage in COLUMNS if stage in record]
         compiling = sum(stage.get("compile_s", 0) for stage in stages_done)
         cells.append(f"{max(stage['peak_gib'] for stage in stages_done):.1f}")
-        cells.append(f"{compiling:.0f}" if compiling else "")
-        print("| " + " | ".join(cells) + " |")
+        row(*cells, f"{compiling:.0f}" if compiling else "")
 
 
 def cells_of(stage: dict | None) -> list[str]:
