@@ -1,6 +1,6 @@
 """A rehearsal at real size: both scripts train SD3.5-M's network on the CPU, are killed, go on.
 
-  python benchmarks/rehearsal.py --folder FOLDER        about 20 minutes, 30 GB of disk
+  python benchmarks/rehearsal.py --folder FOLDER        about 8 minutes, 30 GB of disk
 
 The transformer, the VAE and both CLIP encoders have SD3.5-Medium's true sizes and random weights,
 T5 has one layer of its true width. They are saved as a pipeline in bf16, 128 px is the image size.
