@@ -162,7 +162,7 @@ def test_what_the_pages_say_of_waiting_and_memory_is_in_the_lines():
         eager[stage]["s_per_image"] / flux[stage]["s_per_image"] for stage in ("sample", "update")
     ]
     assert f"sampled {ratios[0]:.1f} times as fast with it, and updated {ratios[1]:.1f}" in RUNNING
-    assert f"samples at {flux['sample']['share']:.0%}".replace("%", " %") in README
+    assert f"sampled at {flux['sample']['share']:.0%}".replace("%", " %") in README
     for case in ("vgrpo-flux-eager", "pave-sd3-eager"):
         for stage in ("sample", "score", "update"):
             found, simulated = (CASES[case][stage][f"{key}_gib"] for key in ("above", "simulated"))
